@@ -1,0 +1,310 @@
+"""Samples: an image and the files that belong to it, found on disk by a manifest."""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.data.checksums import file_sha256
+from pipeline.data.images import IMAGE_SUFFIXES, image_stem
+from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
+
+if TYPE_CHECKING:
+    from pipeline.data.manifests import FilePattern, Manifest, Record
+
+__all__ = ["Sample", "find_by_patterns", "find_by_records", "image_paths"]
+
+_Key = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with what belongs to it.
+
+    Args:
+        id: image path below `root` without its suffix; unique in the dataset.
+        image: the image.
+        label: its truth, or None.
+        fov: its field of view, or None.
+        observer2: a second truth, or None.
+        subject: samples of one subject are never separated.
+        split: `train`, `val` or `test`.
+        stratum: group with a row of its own in tables, or None.
+        root: the dataset folder.
+        files: further files by role.
+        fold: validation fold, where a frozen manifest records it.
+    """
+
+    id: str
+    image: Path
+    label: Path | None
+    fov: Path | None
+    observer2: Path | None
+    subject: str
+    split: str
+    stratum: str | None
+    root: Path
+    files: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    fold: int | None = None
+
+    @property
+    def relative(self) -> Path:
+        """Return the path of the image below the dataset folder."""
+        return self.image.relative_to(self.root)
+
+    @property
+    def roles(self) -> dict[str, Path]:
+        """Return every file of the sample by role, the image first."""
+        named = {
+            "image": self.image,
+            "label": self.label,
+            "fov": self.fov,
+            "observer2": self.observer2,
+            **self.files,
+        }
+        return {role: path for role, path in named.items() if path is not None}
+
+
+def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -> list[Sample]:
+    """Return the samples whose paths below `root` match the patterns of `manifest`.
+
+    Raises:
+        InputError: no image matches.
+        InputErrors: images without label or labels without image, all of them.
+        ConfigurationError: a path leaves `root`, or two files claim one place.
+    """
+    paths = list(_walk(root, follow_symlinks=follow_symlinks))
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    for entry in manifest.files:
+        matched = {
+            role: _match(pattern, manifest, entry, paths) for role, pattern in entry.roles.items()
+        }
+        samples += _pair(manifest, entry, matched, root, problems)
+    if not samples:
+        orphans = f" ({len(problems)} labels without image)" if problems else ""
+        patterns = " or ".join(dict.fromkeys(entry.roles["image"] for entry in manifest.files))
+        raise InputError(
+            f"no files matching {patterns} under {root}{orphans}; "
+            f"expected layout: {manifest.expected_layout}"
+        )
+    if problems:
+        raise InputErrors(problems, f"incomplete samples under {root}")
+    _check_unique(samples)
+    for sample in samples:
+        for path in sample.roles.values():
+            _check_inside(path, root, follow_symlinks=follow_symlinks)
+    return samples
+
+
+def find_by_records(
+    manifest: Manifest, root: Path, *, verify: bool, follow_symlinks: bool
+) -> list[Sample]:
+    """Return the samples of a frozen manifest after checking that every file is there.
+
+    Raises:
+        InputErrors: every file that is missing or, with `verify`, changed.
+        ConfigurationError: a path leaves `root`, or two records claim one place.
+    """
+    samples = [_recorded_sample(record, root) for record in manifest.records]
+    problems = []
+    for sample, record in zip(samples, manifest.records, strict=True):
+        for role, path in sample.roles.items():
+            _check_inside(path, root, follow_symlinks=follow_symlinks)
+            expected = record.files[role]
+            if not path.is_file():
+                problems.append(Problem(expected.path, "find", f"not found under {root}"))
+            elif verify and expected.bytes not in (None, path.stat().st_size):
+                found = f"{path.stat().st_size} bytes found, {expected.bytes} recorded"
+                problems.append(Problem(expected.path, "verify", f"changed: {found}"))
+            elif verify and expected.sha256 not in (None, file_sha256(path)):
+                problems.append(
+                    Problem(expected.path, "verify", "changed: its SHA-256 is not the recorded one")
+                )
+    if problems:
+        raise InputErrors(problems, f"files of manifest {manifest.name} missing or changed")
+    _check_unique(samples)
+    return samples
+
+
+def image_paths(root: Path | str) -> list[str]:
+    """Return the image files below `root` by their suffix, as sorted POSIX paths below it.
+
+    Raises:
+        ConfigurationError: a folder is a link that leaves `root`.
+    """
+    found = _walk(Path(root).resolve(), follow_symlinks=False)
+    return sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _walk(root: Path, *, follow_symlinks: bool) -> Iterator[str]:
+    """Yield the files below `root` as sorted POSIX paths; hidden ones are no data."""
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link back to a folder above it
+            folders.clear()
+            continue
+        visited.add(real)
+        for name in folders:
+            path = Path(folder, name)
+            if path.is_symlink() and not name.startswith("."):
+                _check_inside(path, root, follow_symlinks=follow_symlinks)
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _match(
+    pattern: str, manifest: Manifest, entry: FilePattern, paths: list[str]
+) -> dict[_Key, tuple[str, dict[str, str]]]:
+    """Return the paths that match `pattern` by the fields that pair, with all their fields."""
+    expression = _expression(pattern, {**manifest.fields, **entry.where})
+    found: dict[_Key, tuple[str, dict[str, str]]] = {}
+    for path in paths:
+        # One name has two spellings in Unicode, and file systems differ in which they keep.
+        match = expression.fullmatch(unicodedata.normalize("NFC", path))
+        if match is None:
+            continue
+        captured = match.groupdict()
+        key = tuple(sorted((k, v) for k, v in captured.items() if not k.startswith("_")))
+        if key in found:
+            raise ConfigurationError(
+                f"{found[key][0]} and {path} claim the same place ({pattern}); "
+                "rename or remove one of them"
+            )
+        found[key] = (path, captured)
+    return found
+
+
+def _expression(pattern: str, fields: Mapping[str, str]) -> re.Pattern[str]:
+    seen: set[str] = set()
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(pattern):
+        parts.append(re.escape(unicodedata.normalize("NFC", literal)))
+        if name is not None:
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{fields[name]})")
+            seen.add(name)
+    return re.compile("".join(parts))
+
+
+def _pair(
+    manifest: Manifest,
+    entry: FilePattern,
+    matched: Mapping[str, Mapping[_Key, tuple[str, dict[str, str]]]],
+    root: Path,
+    problems: list[Problem],
+) -> Iterator[Sample]:
+    """Yield the samples of one entry; what cannot be paired goes to `problems`."""
+    used: set[str] = set()
+    for key, (relative, captured) in matched["image"].items():
+        found: dict[str, Path] = {}
+        for role, candidates in matched.items():
+            partner = relative if role == "image" else _partner(key, candidates)
+            if partner is not None:
+                found[role] = root / partner
+                used.add(partner)
+        if "label" not in found and entry.labels_required:
+            expected = _fill(entry.roles["label"], captured)
+            problems.append(Problem(relative, "find", f"no label; expected {expected}"))
+        values = {**captured, "split": entry.split}
+        yield _sample(manifest, root, relative, found, values)
+    for relative, _ in matched.get("label", {}).values():
+        if relative not in used:
+            message = f"label without an image; expected one at {entry.roles['image']}"
+            problems.append(Problem(relative, "find", message))
+
+
+def _partner(key: _Key, candidates: Mapping[_Key, tuple[str, dict[str, str]]]) -> str | None:
+    """Return the candidate whose fields agree with those of the image."""
+    names = {name for name, _ in next(iter(candidates), ())}
+    wanted = tuple((name, value) for name, value in key if name in names)
+    return candidates[wanted][0] if wanted in candidates else None
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """Return `template` with known fields filled in and unknown ones as they stand."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def _sample(
+    manifest: Manifest,
+    root: Path,
+    relative: str,
+    found: dict[str, Path],
+    values: Mapping[str, str],
+) -> Sample:
+    image, label, fov, observer2 = (
+        found.pop(role, None) for role in ("image", "label", "fov", "observer2")
+    )
+    return Sample(
+        id=_id(relative),
+        image=image or root / relative,
+        label=label,
+        fov=fov,
+        observer2=observer2,
+        subject=_fill(manifest.subject, values),
+        split=values["split"],
+        stratum=_fill(manifest.stratum, values) if manifest.stratum else None,
+        root=root,
+        files=found,
+    )
+
+
+def _recorded_sample(record: Record, root: Path) -> Sample:
+    found = {role: root / file.path for role, file in record.files.items()}
+    image, label, fov, observer2 = (
+        found.pop(role, None) for role in ("image", "label", "fov", "observer2")
+    )
+    return Sample(
+        id=record.id,
+        image=image or root,
+        label=label,
+        fov=fov,
+        observer2=observer2,
+        subject=record.subject,
+        split=record.split,
+        stratum=record.stratum,
+        root=root,
+        files=found,
+        fold=record.fold,
+    )
+
+
+def _id(relative: str) -> str:
+    folder, _, name = relative.rpartition("/")
+    return f"{folder}/{image_stem(name)}" if folder else image_stem(name)
+
+
+def _check_unique(samples: list[Sample]) -> None:
+    """Refuse two samples of one id and one image in two samples."""
+    for what in ("id", "image"):
+        seen: dict[object, Sample] = {}
+        clashes = []
+        for sample in samples:
+            other = seen.setdefault(getattr(sample, what), sample)
+            if other is not sample:
+                clashes.append(f"{other.image} ({other.split}) and {sample.image} ({sample.split})")
+        if clashes:
+            raise ConfigurationError(
+                f"two samples of one name: {'; '.join(clashes[:20])}; rename or remove one of each"
+            )
+
+
+def _check_inside(path: Path, root: Path, *, follow_symlinks: bool) -> None:
+    inside = path.is_relative_to(root) and ".." not in path.relative_to(root).parts
+    if not inside:
+        raise ConfigurationError(f"{path}: leaves dataset_dir {root}; keep the data below it")
+    target = path.resolve()
+    if not follow_symlinks and not target.is_relative_to(root):
+        raise ConfigurationError(
+            f"{path}: a link that leaves dataset_dir {root} (to {target}); "
+            "copy the data there or allow it with follow_symlinks"
+        )

@@ -1,0 +1,1 @@
+"""Vessels in fundus photographs: networks, transforms, metrics and a phantom."""

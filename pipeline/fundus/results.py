@@ -1,0 +1,178 @@
+"""What evaluation and inference write per photograph: maps, tables, overlays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from numpy.typing import NDArray
+from skimage.transform import resize
+from torch import Tensor
+
+from pipeline.data.atomic import write_yaml
+from pipeline.data.images import read_image
+from pipeline.data.writers import write_png
+from pipeline.fundus.evaluation import VesselMetrics, validated_items
+from pipeline.fundus.metrics import summarise
+from pipeline.fundus.morphometry import vessel_calibre
+from pipeline.fundus.transforms import rgb_photograph
+from pipeline.inference.batch import BatchRun
+
+__all__ = ["EvaluationWriter", "ResultWriter", "overlay", "panel_rgb", "shown_photograph"]
+
+_OVERLAY_SIDE_PX = 900  # larger photographs are shown smaller in the report
+
+
+def overlay(
+    photograph: NDArray[np.uint8], mask: NDArray[np.bool_], truth: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
+    """Return the photograph `(H, W, 3)` with vessels drawn over it.
+
+    Without truth the vessels are cyan. With truth, agreement is green, what only the prediction has
+    is red, and what only the truth has is blue.
+    """
+    drawn = photograph.astype(np.float32) * 0.75
+    if truth is None:
+        layers = [(mask, (0, 230, 255))]
+    else:
+        layers = [
+            (mask & truth, (40, 220, 90)),
+            (mask & ~truth, (255, 60, 60)),
+            (truth & ~mask, (70, 120, 255)),
+        ]
+    for pixels, colour in layers:
+        drawn[pixels] = 0.25 * drawn[pixels] + 0.75 * np.array(colour, dtype=np.float32)
+    return _shown_size(drawn.clip(0, 255).astype(np.uint8))
+
+
+def panel_rgb(item: Mapping[str, Any]) -> Tensor:
+    """Return photograph, truth and probability of an item side by side, `(3, H, 3W)` uint8."""
+    photograph = np.moveaxis(np.asarray(item["native_image"]), 0, -1)
+    maps = [np.asarray(item[key].cpu(), dtype=np.float32)[0] for key in ("native_label", "pred")]
+    columns = [photograph, *(np.repeat(values[..., None], 3, axis=-1) for values in maps)]
+    panel = _shown_size(_uint8(np.concatenate(columns, axis=1)), 3 * _OVERLAY_SIDE_PX)
+    return torch.from_numpy(np.moveaxis(panel, -1, 0).copy())
+
+
+class EvaluationWriter:
+    """Write `test_metrics.yaml`, `per_image_metrics.yaml`, masks and overlays of an evaluation.
+
+    List it among `validate::handlers` of an evaluation. The overlays, with the truth, go to
+    `pictures/`; the masks, as PNG 0/255, to `predictions/`. File names keep the images' folders.
+
+    Args:
+        output_dir: the evaluation's folder.
+        metrics: the evaluator's metric, with a row per image.
+        summary: plain data for the head of `test_metrics.yaml`: experiment, checkpoint, split, ...
+        save_predictions: whether the masks are written.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        metrics: VesselMetrics,
+        summary: Mapping[str, Any],
+        save_predictions: bool = True,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.metrics = metrics
+        self.summary = dict(summary)
+        self.save_predictions = save_predictions
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine`, the evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def write(self) -> None:
+        """Write everything, the tables last."""
+        for (probability, label, fov), item in zip(
+            self.metrics.cases, self.metrics.items, strict=True
+        ):
+            mask = (probability >= self.metrics.threshold) & fov
+            stem = Path(item["name"]).with_suffix("")
+            if self.save_predictions:
+                write_png(
+                    _below(self.output_dir / "predictions", stem), mask.astype(np.uint8) * 255
+                )
+            picture = overlay(shown_photograph(item["image_path"]), mask, label & fov)
+            write_png(_below(self.output_dir / "pictures", stem), picture)
+        write_yaml(self.output_dir / "per_image_metrics.yaml", self.metrics.per_image)
+        write_yaml(self.output_dir / "test_metrics.yaml", self._totals())
+
+    def _totals(self) -> dict[str, Any]:
+        rows = self.metrics.per_image
+        origins = {row["fov"] for row in rows}
+        return {
+            **self.summary,
+            "num_test_images": len(rows),
+            "threshold": self.metrics.threshold,
+            "fov": origins.pop() if len(origins) == 1 else "mixed",
+            "average_metrics": {k: v["mean"] for k, v in summarise(rows).items()},
+            "spread": {k: {"sd": v["sd"], "min": v["min"]} for k, v in summarise(rows).items()},
+            "pooled_metrics": self.metrics.pooled,
+        }
+
+
+class ResultWriter:
+    """Write each photograph's vessel map, overlay and sidecar as inference goes along.
+
+    List it among the evaluator's `handlers`. Per input: `<name>_vessels.png` (0/255), on request
+    `<name>_probability.png` (16-bit, 65535 is certain), `pictures/<name>.png`, and the sidecar.
+
+    Args:
+        batch: the run over files, which names the results and keeps the account.
+        threshold: probability from which a pixel is vessel.
+        save_probability: whether the probability is written too.
+    """
+
+    def __init__(self, batch: BatchRun, threshold: float, save_probability: bool = False) -> None:
+        self.batch = batch
+        self.threshold = float(threshold)
+        self.save_probability = save_probability
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine`, the evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        for item in validated_items(engine):
+            probability = np.asarray(item["pred"].cpu())[0]
+            fov = np.asarray(item["native_fov"].cpu())[0] > 0
+            mask = (probability >= self.threshold) & fov
+            name = str(item["name"])
+            write_png(self.batch.path(name, "_vessels.png"), mask.astype(np.uint8) * 255)
+            if self.save_probability:
+                levels = (probability * 65535).round().astype(np.uint16)
+                write_png(self.batch.path(name, "_probability.png"), levels)
+            picture = overlay(shown_photograph(item["image_path"]), mask)
+            write_png(
+                _below(self.batch.output_dir / "pictures", Path(name).with_suffix("")), picture
+            )
+            row = {**vessel_calibre(mask, fov), "fov": item["fov_source"]}
+            details = {"shape": list(mask.shape), "threshold": self.threshold}
+            self.batch.record(name, row, details)
+
+
+def shown_photograph(source: str | Path) -> NDArray[np.uint8]:
+    """Return a photograph file as RGB uint8 `(H, W, 3)`, for pictures."""
+    return _uint8(rgb_photograph(read_image(Path(source)), source))
+
+
+def _below(folder: Path, stem: Path) -> Path:
+    return folder / stem.parent / f"{stem.name}.png"
+
+
+def _uint8(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+
+
+def _shown_size(picture: NDArray[np.uint8], side_px: int = _OVERLAY_SIDE_PX) -> NDArray[np.uint8]:
+    factor = side_px / max(picture.shape[:2])
+    if factor >= 1:
+        return picture
+    size = (round(picture.shape[0] * factor), round(picture.shape[1] * factor))
+    return resize(picture, size, anti_aliasing=True, preserve_range=True).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Which device, how much memory, and what follows from both."""

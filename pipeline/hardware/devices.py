@@ -1,0 +1,134 @@
+"""Which devices of this machine can train: each one proved by a small forward and backward pass.
+
+`torch.cuda.is_available()` is true for a card that this build has no kernels for, so a device
+counts as usable only once it has computed something right. torch is imported inside the functions,
+so that a broken torch becomes a line in the report.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pipeline.data.budget import available_bytes
+from pipeline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceReport", "choose_device", "memory_bytes", "probe_devices"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What one device is and whether it computes.
+
+    Args:
+        name: as torch writes it, such as `cpu` or `cuda:0`.
+        title: the product's name.
+        usable: a small convolution went forward and backward with the right results.
+        memory_bytes: free on a GPU, what this process may take on the CPU; None if unknown.
+        note: why it is not usable, else empty.
+    """
+
+    name: str
+    title: str
+    usable: bool
+    memory_bytes: int | None
+    note: str = ""
+
+
+def probe_devices() -> list[DeviceReport]:
+    """Return a report per device that torch names: GPUs first, the CPU last."""
+    import torch
+
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return [_report(name) for name in [*names, "cpu"]]
+
+
+def choose_device(request: str | None = None) -> torch.device:
+    """Return the device to use.
+
+    Args:
+        request: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` (also None): the first GPU that computes,
+            else the CPU.
+
+    Raises:
+        ConfigurationError: the device asked for is unknown or does not compute.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    import torch
+
+    text = "auto" if request is None else str(request).strip().lower()
+    if text == "cpu":
+        return torch.device("cpu")  # nothing to prove, and torch would not run without it
+    if text == "auto":
+        usable = next(report for report in probe_devices() if report.usable or report.name == "cpu")
+        logger.info("device %s (%s)", usable.name, usable.title)
+        return torch.device(usable.name)
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"device {request!r} is not a device: expected cpu, cuda, cuda:0, mps or auto"
+        ) from None
+    problem = _problem(device)
+    if problem:
+        raise ConfigurationError(
+            f"device {request} asked for, but none such is usable: {problem}; "
+            "use --device cpu or --device auto"
+        )
+    return device
+
+
+def memory_bytes() -> int:
+    """Return the memory this process may still take, the container's limit counted in."""
+    return available_bytes()
+
+
+def _report(name: str) -> DeviceReport:
+    import torch
+
+    device = torch.device(name)
+    problem = _problem(device)
+    memory: int | None = None
+    title = "Apple GPU" if device.type == "mps" else f"{psutil.cpu_count()} cores"
+    if device.type == "cpu":
+        memory = memory_bytes()
+    elif device.type == "cuda":
+        title = torch.cuda.get_device_name(device)
+        memory = torch.cuda.mem_get_info(device)[0] if not problem else None
+    return DeviceReport(name, title, not problem, memory, problem)
+
+
+def _problem(device: torch.device) -> str:
+    """Return why `device` cannot train, or an empty string."""
+    import torch
+
+    if device.type == "cuda" and not torch.backends.cuda.is_built():
+        return "this torch was built without CUDA"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"torch sees {torch.cuda.device_count()} CUDA devices"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return "this torch or this machine has no MPS"
+    try:
+        # constant weights: probing must not advance the random state that a run has seeded
+        weight = torch.full((2, 1, 3, 3), 0.5, device=device, requires_grad=True)
+        output = torch.nn.functional.conv2d(torch.ones(1, 1, 8, 8, device=device), weight)
+        output.sum().backward()
+        gradient = weight.grad
+        right = gradient is not None and bool((output == 4.5).all() and (gradient == 36.0).all())
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return first.split(". ")[0]
+    return "" if right else "a small convolution gave wrong values"

@@ -1,0 +1,60 @@
+"""A bundle's inference parts, called one after the other on an array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["LoadedBundle"]
+
+
+class LoadedBundle:
+    """Preprocessing, network, inferer and postprocessing as one function of an image.
+
+    Args:
+        network: with its weights.
+        preprocessing: from `{"image": array}` to a tensor `(C, H, W)` under `image`.
+        inferer: called with a batch and the network.
+        postprocessing: from logits under `pred`, beside what `preprocessing` left, to a probability
+            in the image's own frame.
+        threshold: probability from which on `mask` is true.
+        device: where the network computes.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        *,
+        preprocessing: Any,
+        inferer: Any,
+        postprocessing: Any,
+        threshold: float,
+        device: torch.device,
+    ) -> None:
+        self.network = network.to(device).eval()
+        self.preprocessing = preprocessing
+        self.inferer = inferer
+        self.postprocessing = postprocessing
+        self.threshold = float(threshold)
+        self.device = device
+
+    def __call__(self, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return what is found in an image.
+
+        Args:
+            image: `(H, W)` or `(H, W, 3)`, uint8, uint16, or floats between 0 and 1.
+
+        Returns:
+            `pred`, the probability `(H, W)`, and `mask`, where it reaches the threshold.
+        """
+        case = self.preprocessing({"image": image})
+        with torch.inference_mode():
+            logits = self.inferer(case["image"][None].to(self.device), self.network)
+            result = self.postprocessing({**case, "pred": logits[0].cpu()})
+        probability = np.asarray(result["pred"])
+        if probability.shape[0] == 1:
+            probability = probability[0]
+        return {"pred": probability, "mask": probability >= self.threshold}

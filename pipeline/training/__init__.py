@@ -1,0 +1,1 @@
+"""What any trainer needs and MONAI lacks: losses, checkpoints, averaging, history, TensorBoard."""

@@ -1,0 +1,88 @@
+"""Figures that need no second pass: loss, Dice and IoU of the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import Tensor
+
+__all__ = ["BatchMetrics", "ValidationLoss"]
+
+
+class BatchMetrics:
+    """Put `train_loss`, `train_dice` and `train_iou` of an epoch into the trainer's metrics.
+
+    Dice and IoU are pooled over the epoch's patches at probability 0.5, as they were augmented:
+    they show whether training moves, and are not comparable with validation.
+
+    Args:
+        ignore_label: label value of pixels that do not count.
+    """
+
+    def __init__(self, ignore_label: int = 255) -> None:
+        self.ignore_label = ignore_label
+        self._reset()
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine`, a MONAI SupervisedTrainer of one logit per pixel."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
+
+    def _reset(self) -> None:
+        self.loss_sum, self.batches = 0.0, 0
+        self.counts: Tensor = torch.zeros(3, dtype=torch.float64)
+
+    def _update(self, engine: Engine) -> None:
+        outputs = engine.state.output
+        items = outputs if isinstance(outputs, list) else [outputs]
+        self.loss_sum += float(items[0]["loss"].detach())
+        self.batches += 1
+        for item in items:
+            label = item["label"]
+            counted = label != self.ignore_label
+            predicted, truth = (item["pred"] > 0) & counted, (label > 0) & counted
+            counts = torch.stack([(predicted & truth).sum(), predicted.sum(), truth.sum()])
+            self.counts += counts.double().cpu()
+
+    def _report(self, engine: Engine) -> None:
+        both, predicted, truth = self.counts.tolist()
+        engine.state.metrics["train_loss"] = self.loss_sum / max(self.batches, 1)
+        engine.state.metrics["train_dice"] = 2 * both / max(predicted + truth, 1)
+        engine.state.metrics["train_iou"] = both / max(predicted + truth - both, 1)
+
+
+class ValidationLoss:
+    """Put `val_loss`, the mean loss over the validation cases, into an evaluator's metrics.
+
+    It reads the raw network output, before post-processing replaces it.
+
+    Args:
+        loss: called with logits and label.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
+        self._reset()
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine`, a MONAI SupervisedEvaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
+
+    def _reset(self) -> None:
+        self.total, self.cases = 0.0, 0
+
+    def _update(self, engine: Engine) -> None:
+        output: dict[str, Any] = engine.state.output
+        with torch.no_grad():
+            self.total += float(self.loss(output["pred"], output["label"]))
+        self.cases += 1
+
+    def _report(self, engine: Engine) -> None:
+        engine.state.metrics["val_loss"] = self.total / max(self.cases, 1)

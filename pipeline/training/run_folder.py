@@ -1,0 +1,115 @@
+"""What a run leaves about itself under `output_dir`: resolved config, environment, log."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from pipeline.data.atomic import write_json, write_yaml
+
+__all__ = ["RunFolder", "describe_environment", "run_directory"]
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = (
+    "lamina",
+    "torch",
+    "monai",
+    "pytorch-ignite",
+    "numpy",
+    "scikit-image",
+    "pillow",
+    "tifffile",
+)
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """Return versions, machine and command of this process, as plain data."""
+    versions = {"python": platform.python_version()}
+    for name in _REPORTED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": str(device),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+class RunFolder:
+    """Write `config.yaml`, `environment.json` and `run.log` and open the log with what was found.
+
+    List it first among `train::handlers`. The log is flushed line by line, so that it is whole up
+    to the moment a run was killed, and appended to when a run is resumed.
+
+    Args:
+        output_dir: the run's folder, made where absent.
+        config: the resolved configuration, as plain data.
+        device: where the run computes.
+        facts: lines for the head of the log, such as the cases found and the number of parameters.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        config: Mapping[str, Any],
+        device: torch.device | str,
+        facts: Sequence[str] = (),
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.config = dict(config)
+        self.device = device
+        self.facts = tuple(facts)
+        self._log: logging.FileHandler | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine`, the trainer or an evaluator."""
+        engine.add_event_handler(Events.STARTED, self.open)
+        engine.add_event_handler(Events.COMPLETED, self.close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_after_error)
+
+    def open(self) -> None:
+        """Write the two files and start the log."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._log = logging.FileHandler(self.output_dir / "run.log", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("pipeline").addHandler(self._log)
+        for fact in self.facts:
+            logger.info(fact)
+        write_yaml(self.output_dir / "config.yaml", self.config)
+        write_json(self.output_dir / "environment.json", describe_environment(self.device))
+
+    def close(self) -> None:
+        """End the log."""
+        if self._log is not None:
+            logging.getLogger("pipeline").removeHandler(self._log)
+            self._log.close()
+            self._log = None
+
+    def _close_after_error(self, engine: Engine, error: BaseException) -> None:
+        logger.error("stopped: %s", error)
+        self.close()
+        raise error
+
+
+def run_directory(bundle: str, name: str, fold: int | None = None) -> str:
+    """Return `runs/<bundle>/<name>`, with `fold_<k>` below it where a fold is set."""
+    folder = Path("runs") / bundle / name
+    return str(folder if fold is None else folder / f"fold_{fold}")

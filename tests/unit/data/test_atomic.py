@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.data import atomic
+from pipeline.errors import ResourceError
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_bytes_written_are_bytes_read(tmp_path: Path) -> None:
+    path = atomic.write_bytes(tmp_path / "new" / "folder" / "a.bin", b"\0\r\n\xff")
+    assert path.read_bytes() == b"\0\r\n\xff"
+    assert files_below(tmp_path / "new" / "folder") == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "scan.nii.gz", "im_1.5.tif", "no_suffix", "späte Ähre.png"]
+)
+def test_temporary_name_lies_beside_the_final_one_and_keeps_its_suffixes(
+    tmp_path: Path, name: str
+) -> None:
+    final = tmp_path / name
+    with atomic.atomic_path(final) as temporary:
+        assert temporary.parent == final.parent
+        assert temporary.name.endswith(".tmp" + "".join(final.suffixes))
+        assert temporary.name.startswith(".")
+        temporary.write_bytes(b"x")
+        assert not final.exists()
+    assert files_below(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_old_file_survives_a_failure_at_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, code: int
+) -> None:
+    final = atomic.write_bytes(tmp_path / "a.bin", b"old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if stage == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if stage == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+    with (
+        pytest.raises(ResourceError, match=r"a\.bin: cannot be written: .+; .+") as caught,
+        atomic.atomic_path(final) as temporary,
+    ):
+        temporary.write_bytes(b"half of the new")
+        if stage == "write":
+            fail()
+    assert caught.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+    assert final.read_bytes() == b"old"
+    assert files_below(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ZeroDivisionError])
+def test_any_exception_leaves_neither_temporary_nor_final_file(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), atomic.atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert files_below(tmp_path) == []
+
+
+def test_failure_to_read_an_input_is_not_called_a_failure_to_write(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), atomic.atomic_path(tmp_path / "a.bin"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/some/input.png")
+
+
+def test_file_where_a_folder_is_needed_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ResourceError, match="a file stands where a folder is needed"):
+        atomic.write_bytes(tmp_path / "file" / "a.bin", b"x")
+
+
+def test_failure_of_a_body_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic.atomic_path(tmp_path / "a.bin"):
+        pass
+
+
+def test_only_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead = 2**22 + 12345  # above the largest process id Linux gives out
+    for name in (f".best.{dead}.tmp.pt", f".best.{os.getpid()}.tmp.pt", ".best.pt", "best.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in atomic.remove_stale(tmp_path)] == [f".best.{dead}.tmp.pt"]
+    assert len(files_below(tmp_path)) == 3
+
+
+def test_space_is_checked_with_a_reserve_of_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1_000_000
+
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: Usage)
+    atomic.check_free_bytes(tmp_path / "not" / "yet", 900_000)
+    with pytest.raises(ResourceError, match="1 MB free, 1 MB needed"):
+        atomic.check_free_bytes(tmp_path, 1_000_000)
+
+
+def test_check_writable_makes_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
+    folder = atomic.check_writable(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert files_below(folder) == []
+
+
+def test_check_writable_names_the_folder_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(ResourceError, match="runs: cannot be written: Read-only file system"):
+        atomic.check_writable(tmp_path / "runs")
+
+
+@pytest.fixture
+def mixed() -> dict[str, Any]:
+    shared = [1, 2]
+    return {
+        "path": Path("a/b"),
+        "scalar": np.float32(0.5),
+        "count": np.int64(3),
+        "flag": np.bool_(True),
+        "array": np.arange(3, dtype=np.uint8),
+        "nan": float("nan"),
+        "shared": [shared, shared],
+        "none": None,
+        "text": "später",
+    }
+
+
+def test_json_is_valid_and_has_null_for_nan(tmp_path: Path, mixed: dict[str, Any]) -> None:
+    text = atomic.write_json(tmp_path / "a.json", mixed).read_text("utf-8")
+    read = json.loads(text, parse_constant=pytest.fail)
+    assert read["nan"] is None
+    assert read["array"] == [0, 1, 2]
+    assert (read["scalar"], read["count"], read["flag"]) == (0.5, 3, True)
+    assert read["path"] == "a/b"
+
+
+def test_yaml_has_no_tags_no_aliases_and_keeps_its_order(
+    tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    text = atomic.write_yaml(tmp_path / "a.yaml", mixed).read_text("utf-8")
+    assert "!!" not in text
+    assert "&" not in text
+    read = yaml.safe_load(text)
+    assert list(read) == list(mixed)
+    assert read["text"] == "später"
+
+
+def test_csv_has_all_columns_in_order_of_appearance(tmp_path: Path) -> None:
+    rows = [{"image": "a, b.png", "dice": np.float64(0.5)}, {"image": "c", "auc": None}]
+    path = atomic.write_csv(tmp_path / "a.csv", rows)
+    with path.open(newline="", encoding="utf-8") as stream:
+        assert list(csv.reader(stream)) == [
+            ["image", "dice", "auc"],
+            ["a, b.png", "0.5", ""],
+            ["c", "", ""],
+        ]
+
+
+def test_empty_csv_has_the_header_asked_for(tmp_path: Path) -> None:
+    assert atomic.write_csv(tmp_path / "a.csv", [], ["path", "code"]).read_text() == "path,code\n"
