@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="for a program")
     train = add(
-        verbs, "train", _train, "train a bundle",
+        verbs, "train", partial(_run, workflow="train"), "train a bundle",
         "train fundus_vessels quick --dataset_dir DRIVE --manifest drive", _SETTINGS,
     )  # fmt: skip
     predict = add(
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("-i", "--input", required=True, help="an image, or a folder of images")
     predict.add_argument("-o", "--output", required=True, help="folder for the results")
     evaluate = add(
-        verbs, "evaluate", _evaluate, "score a checkpoint against labels",
+        verbs, "evaluate", partial(_run, workflow="evaluate"), "score a checkpoint against labels",
         "evaluate fundus_vessels --dataset_dir STARE --manifest stare --ckpt_path best.pt",
         _SETTINGS,
     )  # fmt: skip
@@ -179,7 +180,7 @@ def _add_data_verbs(data: Any, add: Callable[..., argparse.ArgumentParser]) -> N
         "data freeze drive DRIVE -o drive_frozen.yaml",
     )  # fmt: skip
     freeze.add_argument("--folds", type=int, default=5, help="number of folds (default 5)")
-    freeze.add_argument("--seed", type=int, default=0, help="of the folds (default 0)")
+    freeze.add_argument("--seed", type=int, help="of the folds (default: the manifest's)")
     sample = add(
         data, "sample", _data_sample, "write a real example image", "data sample fundus -o photos"
     )
@@ -207,14 +208,6 @@ def _doctor(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    return _run(options, "train", overrides)
-
-
-def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    return _run(options, "evaluate", overrides)
-
-
 def _predict(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     for id, value in (("dataset_dir", options.input), ("output_dir", options.output)):
         if id in overrides:
@@ -222,10 +215,10 @@ def _predict(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         overrides[id] = value
     if not Path(options.input).exists():
         raise InputError(f"{options.input}: not found, expected an image or a folder of images")
-    return _run(options, "inference", overrides)
+    return _run(options, overrides, "inference")
 
 
-def _run(options: argparse.Namespace, workflow: Workflow, overrides: dict[str, Any]) -> int:
+def _run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workflow) -> int:
     from pipeline.bundles import prepare_run, run_bundle
 
     prepare_run(options.bundle, workflow, options.overlays, overrides)  # typos, before torch loads
@@ -305,6 +298,8 @@ def _data_check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         problems = list(check_samples(samples, manifest))
     except InputErrors as error:
         problems = list(error.problems)
+    except InputError as error:
+        problems = [Problem(str(options.folder), "find", str(error))]
     code = max((problem.code for problem in problems), default=0)
     if options.json:
         found = [vars(problem) for problem in problems]

@@ -56,7 +56,7 @@ class Cases:
                 for key, cases in splits.items()
             )
             raise ConfigurationError(
-                f"split {name!r} has no labelled case; labelled are: {counts}; set split to one of them"
+                f"split {name!r} has no labelled case (labelled: {counts}); choose another split"
             )
         return labelled
 

@@ -88,7 +88,8 @@ class VesselMetrics(Metric):
 
 def validated_items(engine: Engine) -> list[dict[str, Any]]:
     """Return the decollated items of an evaluator's iteration, batch and output merged."""
-    pairs = zip(engine.state.batch, engine.state.output, strict=True)
+    state: Any = engine.state
+    pairs = zip(state.batch, state.output, strict=True)
     return [{**given, **result} for given, result in pairs]
 
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from skimage.transform import resize
-from torch import Tensor
 
 from pipeline.data.atomic import write_yaml
 from pipeline.data.images import read_image
@@ -22,7 +20,7 @@ from pipeline.fundus.morphometry import vessel_calibre
 from pipeline.fundus.transforms import rgb_photograph
 from pipeline.inference.batch import BatchRun
 
-__all__ = ["EvaluationWriter", "ResultWriter", "overlay", "panel_rgb", "shown_photograph"]
+__all__ = ["EvaluationWriter", "ResultWriter", "overlay", "shown_photograph"]
 
 _OVERLAY_SIDE_PX = 900  # larger photographs are shown smaller in the report
 
@@ -47,15 +45,6 @@ def overlay(
     for pixels, colour in layers:
         drawn[pixels] = 0.25 * drawn[pixels] + 0.75 * np.array(colour, dtype=np.float32)
     return _shown_size(drawn.clip(0, 255).astype(np.uint8))
-
-
-def panel_rgb(item: Mapping[str, Any]) -> Tensor:
-    """Return photograph, truth and probability of an item side by side, `(3, H, 3W)` uint8."""
-    photograph = np.moveaxis(np.asarray(item["native_image"]), 0, -1)
-    maps = [np.asarray(item[key].cpu(), dtype=np.float32)[0] for key in ("native_label", "pred")]
-    columns = [photograph, *(np.repeat(values[..., None], 3, axis=-1) for values in maps)]
-    panel = _shown_size(_uint8(np.concatenate(columns, axis=1)), 3 * _OVERLAY_SIDE_PX)
-    return torch.from_numpy(np.moveaxis(panel, -1, 0).copy())
 
 
 class EvaluationWriter:
@@ -167,12 +156,14 @@ def _below(folder: Path, stem: Path) -> Path:
 
 
 def _uint8(values: NDArray[Any]) -> NDArray[np.uint8]:
-    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    levels: NDArray[np.uint8] = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    return levels
 
 
-def _shown_size(picture: NDArray[np.uint8], side_px: int = _OVERLAY_SIDE_PX) -> NDArray[np.uint8]:
-    factor = side_px / max(picture.shape[:2])
+def _shown_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    factor = _OVERLAY_SIDE_PX / max(picture.shape[:2])
     if factor >= 1:
         return picture
     size = (round(picture.shape[0] * factor), round(picture.shape[1] * factor))
-    return resize(picture, size, anti_aliasing=True, preserve_range=True).astype(np.uint8)
+    shown = resize(picture, size, anti_aliasing=True, preserve_range=True)
+    return np.asarray(shown, dtype=np.uint8)

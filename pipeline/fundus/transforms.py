@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from skimage.exposure import equalize_adapthist
 
 from pipeline.data.images import read_image
 from pipeline.data.labels import AUTO, label_classes
-from pipeline.errors import InputError
+from pipeline.errors import ConfigurationError, InputError
 from pipeline.fundus.fov import derive_fov
 
 __all__ = [
-    "GreenChanneld",
     "IgnoreOutsided",
     "LoadFundusd",
     "NormalizeInsided",
     "ScaleToFOVd",
+    "SelectChannelsd",
     "ZeroIgnoredd",
     "ZeroOutsided",
     "rgb_photograph",
@@ -113,21 +113,33 @@ class LoadFundusd(MapTransform):
         return case
 
 
-class GreenChanneld(MapTransform):
-    """Replace RGB `(3, H, W)` by its green channel `(1, H, W)` after CLAHE.
+class SelectChannelsd(MapTransform):
+    """Keep RGB `(3, H, W)`, or only the green channel `(1, H, W)`, where vessels show best.
 
     Args:
         keys: keys of the photographs, in 0..1.
-        clip_limit: CLAHE's contrast limit (scikit-image's `equalize_adapthist`); 0 leaves it out.
+        channels: `rgb` or `green`; the network's `in_channels` is 3 or 1.
+        clip_limit: contrast limit of CLAHE on the green channel (scikit-image's
+            `equalize_adapthist`); 0 leaves it out.
     """
 
-    def __init__(self, keys: KeysCollection, clip_limit: float = 0.02) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        channels: Literal["rgb", "green"] = "rgb",
+        clip_limit: float = 0.02,
+    ) -> None:
+        if channels not in ("rgb", "green"):
+            raise ConfigurationError(f"channels must be 'rgb' or 'green', got {channels!r}")
         super().__init__(keys)
+        self.channels = channels
         self.clip_limit = clip_limit
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the case with one channel."""
+        """Return the case with the chosen channels."""
         case = dict(data)
+        if self.channels == "rgb":
+            return case
         for key in self.key_iterator(case):
             green = case[key][1:2]
             if self.clip_limit > 0:

@@ -40,6 +40,6 @@ def tune_allocator(enabled: bool = True) -> bool:
     libc = ctypes.CDLL("libc.so.6")
     took_mmap = libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) == 1
     took_trim = libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES) == 1
-    accepted = took_mmap and took_trim
+    accepted = bool(took_mmap and took_trim)
     logger.info("allocator: glibc thresholds %s", "raised" if accepted else "refused")
     return accepted

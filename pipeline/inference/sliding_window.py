@@ -49,7 +49,7 @@ class SlidingWindow(Inferer):
         """Return the blended output for `inputs` `(B, C, *spatial)`."""
         spatial = tuple(inputs.shape[2:])
         roi = tuple(min(r, s) for r, s in zip(self.roi_size, spatial, strict=True))
-        output: Tensor
+        output: Any
         if roi == spatial:
             output = network(inputs, *args, **kwargs)
         else:
@@ -63,4 +63,5 @@ class SlidingWindow(Inferer):
                 *args,
                 **kwargs,
             )
-        return output
+        blended: Tensor = output
+        return blended

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.images import read_image
+from pipeline.data.preview import label_overlay
 from pipeline.data.samples import Sample
 
-__all__ = ["overlay", "preview_rows"]
+__all__ = ["preview_rows"]
 
-COLOUR = np.array(
-    [0, 255, 140], dtype=np.float32
-)  # not found in tissue, and seen by colour-blind eyes too
-STRENGTH = 0.6
+TILE_PX = 256  # a smaller crop is enlarged to about this
 
 
 def preview_rows(
@@ -32,10 +30,10 @@ def preview_rows(
     """
     rows = []
     for sample in samples:
-        image = displayed(read_image(sample.image))
+        image = read_image(sample.image)
         row: dict[str, NDArray[Any]] = {"image": image}
         if sample.label is not None:
-            row["label"] = overlay(image, read_image(sample.label) > 0)
+            row["label"] = _labelled(image, read_image(sample.label))
         if transform is not None:
             paths = {role: str(path) for role, path in sample.roles.items()}
             for index in range(variants):
@@ -44,31 +42,17 @@ def preview_rows(
     return rows
 
 
-def displayed(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return `(H, W)` or `(H, W, C)` values of any range as RGB `(H, W, 3)`."""
-    planes = image if image.ndim == 3 else image[..., None]
-    planes = planes[..., :3] if planes.shape[-1] >= 3 else np.repeat(planes[..., :1], 3, axis=-1)
-    if planes.dtype == np.uint8:
-        return np.ascontiguousarray(planes)
-    low, high = float(planes.min()), float(planes.max())
-    scaled = (planes.astype(np.float32) - low) / (high - low or 1.0)
-    return (scaled * 255).astype(np.uint8)
+def _labelled(image: NDArray[Any], label: NDArray[Any]) -> NDArray[Any]:
+    """Return the label in colour over its image; alone where the sizes differ."""
+    flat = label.max(axis=-1) if label.ndim == 3 else label
+    return label_overlay(image, flat) if flat.shape == image.shape[:2] else label
 
 
-def overlay(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return RGB `image` with `mask` tinted; a mask of another size is left out."""
-    inside = mask.any(axis=-1) if mask.ndim == 3 else mask
-    if inside.shape != image.shape[:2]:
-        return image
-    tinted = image.astype(np.float32)
-    tinted[inside] = (1 - STRENGTH) * tinted[inside] + STRENGTH * COLOUR
-    return tinted.astype(np.uint8)
-
-
-def _variant(case: Any) -> NDArray[np.uint8]:
+def _variant(case: Any) -> NDArray[Any]:
     """Return a transformed case as a picture; of several crops the first."""
     first = case[0] if isinstance(case, list) else case
-    image = displayed(np.moveaxis(np.asarray(first["image"]), 0, -1))
-    if first.get("label") is None:
-        return image
-    return overlay(image, np.asarray(first["label"])[0] == 1)  # other values may mean: ignore
+    picture: NDArray[Any] = np.moveaxis(np.asarray(first["image"]), 0, -1)
+    if first.get("label") is not None:  # values other than 1 may mean: ignore
+        picture = label_overlay(picture, np.asarray(first["label"])[0] == 1)
+    times = max(1, TILE_PX // max(picture.shape[:2]))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)

@@ -1,4 +1,4 @@
-"""Look at what a network does with a batch: its layers, their outputs, its graph, the result."""
+"""Look inside a network: which layers to watch, what they put out, and its graph."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from pipeline.errors import ConfigurationError
 
 __all__ = [
     "Activation",
     "ActivationRecorder",
-    "SideBySide",
     "select_layers",
     "summarise",
     "unwrap",
@@ -34,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 12
 HISTOGRAM_VALUES = 65_536  # a histogram of 8 million values takes half a second, of these 3 ms
-GAP_PX = 4
 GRAPH_SIDE_PX = 64  # a multiple of 32, the largest stride of our networks
 
 # What the tracer and a network's own checks raise when a forward pass cannot be recorded.
@@ -265,88 +262,3 @@ def _undisturbed(root: nn.Module, device: torch.device) -> Iterator[None]:
         # The tracer puts all modules into the root's mode, also those frozen by `eval()`.
         for module, training in modes:
             module.training = training
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Draw one case as a row: input, truth, prediction.
-
-    An input that is not 8-bit is stretched from its darkest to its brightest value; of a volume the
-    middle slice is drawn. Truth and prediction are drawn from black (0) to white (1, or the highest
-    class; of several channels the index of the largest); what the truth leaves out is dark grey.
-
-    Args:
-        image: key of the input `(C, H, W)` or `(C, D, H, W)`.
-        truth: key of the label.
-        prediction: key of the prediction.
-        ignore_label: value of the label where there is no truth.
-        max_side_px: larger pictures are shrunk to this.
-    """
-
-    image: str = "image"
-    truth: str = "label"
-    prediction: str = "pred"
-    ignore_label: int | None = 255
-    max_side_px: int = 512
-
-    def __call__(self, item: Mapping[str, Any]) -> Tensor:
-        """Return the row `(3, H, W)` as uint8."""
-        columns = [
-            _picture(_plane(item, self.image)),
-            _mask(_plane(item, self.truth), self.ignore_label),
-            _mask(_plane(item, self.prediction)),
-        ]
-        height, width = columns[0].shape[-2:]
-        scale = min(1.0, self.max_side_px / max(height, width))
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        fitted = [
-            _resize(column, size).round().byte().cpu().expand(3, -1, -1) for column in columns
-        ]
-        gap = torch.full((3, size[0], GAP_PX), 255, dtype=torch.uint8)
-        return torch.cat([fitted[0], gap, fitted[1], gap, fitted[2]], dim=2)
-
-
-def _plane(item: Mapping[str, Any], key: str) -> Tensor:
-    """Return `item[key]` as `(C, H, W)`."""
-    if key not in item:
-        raise ConfigurationError(
-            f"panels: no key {key!r} in a validated item, found {sorted(item)}"
-        )
-    array = torch.as_tensor(item[key]).detach().as_subclass(torch.Tensor)
-    if array.ndim == 4:
-        array = array[:, array.shape[1] // 2]
-    if array.ndim != 3:
-        raise ConfigurationError(
-            f"panels: {key!r} must be (C, H, W) or (C, D, H, W), got shape {tuple(array.shape)}"
-        )
-    return array
-
-
-def _picture(plane: Tensor) -> Tensor:
-    """Return `plane` `(C, H, W)` as RGB or, below three channels, as grey, on 0..255."""
-    rgb = plane[:3] if len(plane) >= 3 else plane[:1]
-    if plane.dtype == torch.uint8:
-        return rgb.float()
-    rgb = torch.nan_to_num(rgb.float(), posinf=0.0, neginf=0.0)
-    low, high = rgb.aminmax()
-    return (rgb - low) / (high - low).clamp_min(1e-12) * 255
-
-
-def _mask(plane: Tensor, ignore_label: int | None = None) -> Tensor:
-    """Return a mask, a probability or classes `(C, H, W)` as grey `(1, H, W)` on 0..255."""
-    if len(plane) > 1:
-        plane = plane.argmax(0, keepdim=True)
-    ignored = torch.zeros_like(plane, dtype=torch.bool)
-    if ignore_label is not None:
-        ignored = plane == ignore_label
-    values = torch.nan_to_num(plane.float()).masked_fill(ignored, 0.0)
-    grey = (values / values.max().clamp_min(1.0)).clamp(0, 1) * 255
-    return grey.masked_fill(ignored, 64.0)
-
-
-def _resize(rgb: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return `rgb` at `size`: averaged where it shrinks, so that thin vessels stay visible."""
-    if rgb.shape[-2:] == size:
-        return rgb
-    mode = "area" if rgb.shape[-2] >= size[0] else "nearest"
-    return interpolate(rgb[None], size=size, mode=mode)[0]

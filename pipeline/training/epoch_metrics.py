@@ -38,7 +38,7 @@ class BatchMetrics:
         self.counts: Tensor = torch.zeros(3, dtype=torch.float64)
 
     def _update(self, engine: Engine) -> None:
-        outputs = engine.state.output
+        outputs: Any = engine.state.output
         items = outputs if isinstance(outputs, list) else [outputs]
         self.loss_sum += float(items[0]["loss"].detach())
         self.batches += 1
@@ -79,7 +79,7 @@ class ValidationLoss:
         self.total, self.cases = 0.0, 0
 
     def _update(self, engine: Engine) -> None:
-        output: dict[str, Any] = engine.state.output
+        output: Any = engine.state.output
         with torch.no_grad():
             self.total += float(self.loss(output["pred"], output["label"]))
         self.cases += 1

@@ -70,7 +70,7 @@ class History:
             },
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": round(time.monotonic() - self._epoch_started_s, 3),
-            "new_best": bool(engine.state.new_best),
+            "new_best": bool(getattr(engine.state, "new_best", False)),
         }
         if self.monitor.validated(engine):
             metrics = self.monitor.validator.state.metrics

@@ -55,7 +55,7 @@ class Monitor:
 
     @staticmethod
     def _forget_verdict(engine: Engine) -> None:
-        engine.state.new_best = False
+        _set_verdict(engine, new_best=False)
 
     def validated(self, trainer: Engine) -> bool:
         """Return whether the validator ran in the trainer's present epoch."""
@@ -65,7 +65,7 @@ class Monitor:
 
     def update(self, engine: Engine) -> None:
         """Compare the present epoch's metric with the best one; stop when patience has run out."""
-        engine.state.new_best = False
+        _set_verdict(engine, new_best=False)
         if not self.validated(engine):
             return
         if self.metric not in self.validator.state.metrics:
@@ -77,7 +77,7 @@ class Monitor:
         if math.isfinite(value) and (self.best is None or self.sign * (value - self.best) > 0):
             self.best, self.best_epoch = value, engine.state.epoch
             self.validations_without_best = 0
-            engine.state.new_best = True
+            _set_verdict(engine, new_best=True)
             return
         self.validations_without_best += 1
         if self.early_stopping and self.validations_without_best >= self.patience:
@@ -113,3 +113,8 @@ class Monitor:
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self.validations_without_best = state["validations_without_best"]
+
+
+def _set_verdict(engine: Engine, *, new_best: bool) -> None:
+    state: Any = engine.state  # ignite's State takes any attribute
+    state.new_best = new_best

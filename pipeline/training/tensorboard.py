@@ -19,72 +19,16 @@ from statistics import fmean
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
-from torch.nn.functional import pad
 
-from pipeline.data.writers import write_png
 from pipeline.errors import ConfigurationError, ResourceError
-from pipeline.training.activations import (
-    GAP_PX,
-    ActivationRecorder,
-    SideBySide,
-    select_layers,
-    write_graph,
-)
+from pipeline.training.activations import ActivationRecorder, select_layers, write_graph
+from pipeline.training.panels import PanelCollector
 
-__all__ = ["PanelCollector", "SideBySide", "TensorBoardHandler", "write_test_scalars"]
+__all__ = ["TensorBoardHandler", "write_test_scalars"]
 
 logger = logging.getLogger(__name__)
-
-
-class PanelCollector:
-    """Keep the panels of the first cases of each validation.
-
-    Args:
-        to_rgb: draws one case from its validated item, which has the keys of the batch and, after
-            post-processing, of the output; returns `(3, H, W)` uint8, of any size.
-        max_cases: how many cases are kept.
-    """
-
-    def __init__(
-        self, max_cases: int = 4, to_rgb: Callable[[Mapping[str, Any]], Tensor] | None = None
-    ) -> None:
-        self.max_cases = max_cases
-        self.to_rgb = to_rgb or SideBySide()
-        self.rows: list[Tensor] = []
-
-    def attach(self, validator: Engine) -> None:
-        """Collect from `validator`, which must decollate its output as MONAI's do by default."""
-        validator.add_event_handler(Events.EPOCH_STARTED, lambda _: self.rows.clear())
-        validator.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-
-    def _collect(self, validator: Any) -> None:
-        wanted = self.max_cases - len(self.rows)
-        if wanted <= 0:
-            return
-        batch, output = validator.state.batch, validator.state.output
-        if not isinstance(batch, list) or not isinstance(output, list):
-            raise ConfigurationError("panels: the evaluator must have decollate: true")
-        for given, result in zip(batch[:wanted], output[:wanted], strict=True):
-            row = torch.as_tensor(self.to_rgb({**given, **result})).cpu()
-            if row.dtype != torch.uint8 or row.ndim != 3 or row.shape[0] != 3:
-                raise ConfigurationError(
-                    f"panels: expected uint8 (3, H, W), got {row.dtype} {tuple(row.shape)}"
-                )
-            self.rows.append(row)
-
-    def sheet(self) -> Tensor:
-        """Return the panels below each other, `(3, H, W)` uint8."""
-        width = max(row.shape[2] for row in self.rows)
-        rows = [pad(row, (0, width - row.shape[2], 0, GAP_PX), value=255) for row in self.rows]
-        return torch.cat(rows, dim=1)
-
-    def write_pictures(self, folder: Path) -> None:
-        """Write each panel as `best_<n>.png`, counted from 1."""
-        for number, row in enumerate(self.rows, start=1):
-            write_png(folder / f"best_{number}.png", row.permute(1, 2, 0).contiguous().numpy())
 
 
 class TensorBoardHandler:

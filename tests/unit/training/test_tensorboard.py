@@ -27,7 +27,8 @@ from torch import nn
 
 from pipeline.errors import ConfigurationError, ResourceError
 from pipeline.training import tensorboard
-from pipeline.training.tensorboard import PanelCollector, TensorBoardHandler, write_test_scalars
+from pipeline.training.panels import PanelCollector
+from pipeline.training.tensorboard import TensorBoardHandler, write_test_scalars
 
 ITERATIONS = 2
 EVERYTHING = {"log_activations": True, "image_log_frequency": 1, "activation_log_frequency": 1}
