@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from pipeline.configs import check_overrides, read_config
 from pipeline.data.shipped import shipped_folder
+from pipeline.definitions import check_definitions
 from pipeline.errors import ConfigurationError, lamina_cause
 from pipeline.running_config import RunningConfig, running_config
 
@@ -300,6 +301,7 @@ def _with_checkpoint(
     for id, key in _CHECKPOINT_KEYS.items():
         if id not in config or checkpoint.get(key) is None:
             continue
+        check_definitions(checkpoint[key], path)
         fixed[id] = checkpoint[key]
         used = set(re.findall(r"@(\w+)", json.dumps(config[id], default=str)))
         changed = [name for name in settings if name.split("::", 1)[0] in used]

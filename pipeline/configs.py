@@ -238,6 +238,8 @@ def _is_wiring(key: str, value: Any) -> bool:
     if key.startswith("_"):
         return True
     if isinstance(value, (dict, list)):
+        if "_target_" in value:
+            return True
         nested = value.values() if isinstance(value, dict) else value
         return any(isinstance(item, (dict, list)) or _is_wiring("", item) for item in nested)
     return isinstance(value, str) and value.startswith(_REFERENCE_SIGNS)

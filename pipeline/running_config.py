@@ -140,11 +140,11 @@ class _Walk:
         return text if not self.expand and _has_open_part(value) else value
 
     def _expression(self, id: str, text: str) -> Any:
+        if "running_config" in text:  # the configuration is not repeated inside itself
+            return _OPEN
         if id in self.resolver.resolved_content:
             return _plain(self.resolver.resolved_content[id])
-        # An expression that asks for the running config, or that waits for an item which is being
-        # built right now, would call itself without end.
-        if "running_config" in text or self._needs_busy(id, set()):
+        if self._needs_busy(id, set()):  # what is being built right now would wait for itself
             return _OPEN
         if self.expand:
             return _plain(self.resolver.get_resolved_content(id))

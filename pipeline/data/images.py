@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -73,17 +72,14 @@ _DECODER_ERRORS = (
 
 
 def image_stem(path: Path | str) -> str:
-    """Return the file name without its image suffix.
+    """Return the file name without its suffix and without `.gz` behind it.
 
     Example:
         >>> image_stem("STARE/im0001.ah.pgm.gz"), image_stem("eye_1.5.png")
         ('im0001.ah', 'eye_1.5')
     """
-    name = PurePath(path).name
-    if name.lower().endswith(".gz"):
-        name = name[:-3]
-    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a name, and `.png` alone is a stem
-    return stem if suffix.lower() in _PLAIN else name if name != PurePath(path).name else stem
+    name = PurePath(path)
+    return PurePath(name.stem if name.suffix.lower() == ".gz" else name.name).stem
 
 
 def read_header(path: Path | str) -> ImageHeader:
@@ -95,7 +91,7 @@ def read_header(path: Path | str) -> ImageHeader:
     path = Path(path)
     with _named_errors(path), path.open("rb") as stream:
         if stream.read(2) == _GZIP:
-            return _gzip_header(path, stream)[0]
+            return _gzip_header(path, stream, decoded_limit_bytes())[0]
         return _header(path, stream)
 
 
@@ -160,9 +156,8 @@ def _kind(path: Path, stream: BinaryIO) -> str:
     )
 
 
-def _gzip_header(path: Path, file: BinaryIO) -> tuple[ImageHeader, int]:
+def _gzip_header(path: Path, file: BinaryIO, limit: int) -> tuple[ImageHeader, int]:
     """Return the header and how many bytes the file may unpack to."""
-    limit = decoded_limit_bytes()
     for count in _HEAD_BYTES:
         head = _gunzip(path, file, count)
         if head[:4] in _MAGIC and _MAGIC[head[:4]] == "tiff":
@@ -184,7 +179,7 @@ def _gzip_header(path: Path, file: BinaryIO) -> tuple[ImageHeader, int]:
 
 def _unpack(path: Path, file: BinaryIO, limit: int) -> BinaryIO:
     """Return the unpacked content of a gzipped image whose header fits the limit."""
-    header, most = _gzip_header(path, file)
+    header, most = _gzip_header(path, file, limit)
     check_decoded_bytes(path, header.shape, header.dtype.itemsize, limit)
     content = _gunzip(path, file, most + 1)
     if len(content) > most:

@@ -192,7 +192,8 @@ def _check_names(samples: Sequence[Sample]) -> list[Problem]:
 
 
 def _splits(samples: Sequence[Sample]) -> list[str]:
-    return list(dict.fromkeys(sample.split for sample in samples))
+    present = {sample.split for sample in samples}
+    return [split for split in ("train", "val", "test") if split in present]
 
 
 def _problem(sample: Sample, role: str, stage: str, message: str) -> Problem:

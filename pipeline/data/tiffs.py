@@ -89,7 +89,7 @@ def _strict(path: Path) -> Iterator[None]:
 
 
 def _equal_pages(path: Path, tiff: tifffile.TiffFile) -> list[Any]:
-    """Return the pages of the file without reduced copies; tifffile compares only three of them."""
+    """Return the pages of the file without reduced copies, after comparing every one."""
     tiff.pages.useframes = False
     loaded: list[Any] = list(tiff.pages)
     pages = [page for page in loaded if not page.is_reduced]

@@ -13,7 +13,7 @@ from skimage.transform import resize
 
 from pipeline.data.atomic import write_yaml
 from pipeline.data.images import read_image
-from pipeline.data.writers import write_png
+from pipeline.data.writers import result_path, write_png
 from pipeline.fundus.evaluation import VesselMetrics, validated_items
 from pipeline.fundus.metrics import summarise
 from pipeline.fundus.morphometry import vessel_calibre
@@ -81,14 +81,13 @@ class EvaluationWriter:
         for (probability, label, fov), item in zip(
             self.metrics.cases, self.metrics.items, strict=True
         ):
-            mask = (probability >= self.metrics.threshold) & fov
-            stem = Path(item["name"]).with_suffix("")
+            name, mask = item["name"], (probability >= self.metrics.threshold) & fov
             if self.save_predictions:
                 write_png(
-                    _below(self.output_dir / "predictions", stem), mask.astype(np.uint8) * 255
+                    _below(self.output_dir / "predictions", name), mask.astype(np.uint8) * 255
                 )
             picture = overlay(shown_photograph(item["image_path"]), mask, label & fov)
-            write_png(_below(self.output_dir / "pictures", stem), picture)
+            write_png(_below(self.output_dir / "pictures", name), picture)
         write_yaml(self.output_dir / "per_image_metrics.yaml", self.metrics.per_image)
         write_yaml(self.output_dir / "test_metrics.yaml", self._totals())
 
@@ -138,9 +137,7 @@ class ResultWriter:
                 levels = (probability * 65535).round().astype(np.uint16)
                 write_png(self.batch.path(name, "_probability.png"), levels)
             picture = overlay(shown_photograph(item["image_path"]), mask)
-            write_png(
-                _below(self.batch.output_dir / "pictures", Path(name).with_suffix("")), picture
-            )
+            write_png(_below(self.batch.output_dir / "pictures", name), picture)
             row = {**vessel_calibre(mask, fov), "fov": item["fov_source"]}
             details = {"shape": list(mask.shape), "threshold": self.threshold}
             self.batch.record(name, row, details)
@@ -151,8 +148,9 @@ def shown_photograph(source: str | Path) -> NDArray[np.uint8]:
     return _uint8(rgb_photograph(read_image(Path(source)), source))
 
 
-def _below(folder: Path, stem: Path) -> Path:
-    return folder / stem.parent / f"{stem.name}.png"
+def _below(folder: Path, name: str) -> Path:
+    """Return where the picture of the image `name` goes: its folders and stem below `folder`."""
+    return result_path(name, ".", folder, ".png")
 
 
 def _uint8(values: NDArray[Any]) -> NDArray[np.uint8]:

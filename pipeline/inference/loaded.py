@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.errors import lamina_cause
+
 __all__ = ["LoadedBundle"]
 
 
@@ -49,11 +51,20 @@ class LoadedBundle:
 
         Returns:
             `pred`, the probability `(H, W)`, and `mask`, where it reaches the threshold.
+
+        Raises:
+            InputError: the array is no image that the bundle takes.
         """
-        case = self.preprocessing({"image": image})
-        with torch.inference_mode():
-            logits = self.inferer(case["image"][None].to(self.device), self.network)
-            result = self.postprocessing({**case, "pred": logits[0].cpu()})
+        try:
+            case = self.preprocessing({"image": image})
+            with torch.inference_mode():
+                logits = self.inferer(case["image"][None].to(self.device), self.network)
+                result = self.postprocessing({**case, "pred": logits[0].cpu()})
+        except RuntimeError as error:  # MONAI wraps what a transform raises
+            failure = lamina_cause(error)
+            if failure is None:
+                raise
+            raise failure from None
         probability = np.asarray(result["pred"])
         if probability.shape[0] == 1:
             probability = probability[0]

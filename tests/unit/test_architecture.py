@@ -28,6 +28,7 @@ LEVELS = {
     "vesuvius": 4,
     "classification": 4,
     "configs": 5,
+    "definitions": 5,
     "running_config": 5,
     "bundles": 6,
     "cli": 7,

@@ -97,7 +97,7 @@ def test_a_path_becomes_text():
         ("network_def::depths::x", "a number from 0 to 1"),
         ("network::depths", "set what it refers to"),
         ("max_epochs::x", "plain value"),
-        ("zzz", "settings here: early_stopping, learning_rate, max_epochs, network_def, resume$"),
+        ("zzz", "settings here: early_stopping, learning_rate, max_epochs, resume$"),
     ],
 )
 def test_an_unknown_id_is_refused_with_the_closest_one(id, hint):

@@ -55,13 +55,15 @@ def test_old_file_survives_a_failure_at_every_stage(
         monkeypatch.setattr(os, "fsync", fail)
     if stage == "replace":
         monkeypatch.setattr(Path, "replace", fail)
-    with (
-        pytest.raises(ResourceError, match=r"a\.bin: cannot be written: .+; .+") as caught,
-        atomic.atomic_path(final) as temporary,
-    ):
-        temporary.write_bytes(b"half of the new")
-        if stage == "write":
-            fail()
+
+    def write_new() -> None:
+        with atomic.atomic_path(final) as temporary:
+            temporary.write_bytes(b"half of the new")
+            if stage == "write":
+                fail()
+
+    with pytest.raises(ResourceError, match=r"a\.bin: cannot be written: .+; .+") as caught:
+        write_new()
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
     assert final.read_bytes() == b"old"
@@ -72,9 +74,13 @@ def test_old_file_survives_a_failure_at_every_stage(
 def test_any_exception_leaves_neither_temporary_nor_final_file(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), atomic.atomic_path(tmp_path / "a.bin") as temporary:
-        temporary.write_bytes(b"half")
-        raise error
+    def interrupted() -> None:
+        with atomic.atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert files_below(tmp_path) == []
 
 

@@ -53,7 +53,11 @@ def test_mapping_gives_the_classes_it_names() -> None:
         ([0, 5], PLAIN, r"\{5\} found"),
         (range(200), PLAIN, r"\{1, 2, 3, 4, 5, 6, 7, 8, \.\.\.\} found.*save the mask as PNG"),
         ([0, 1], {"foreground": "> 127", "allowed": None}, "all background by the rule '> 127'"),
-        ([0, 7], {"foreground": {0: 0, 1: 1}, "allowed": None}, r"\{7\} have no class, \[0, 1\] have"),
+        (
+            [0, 7],
+            {"foreground": {0: 0, 1: 1}, "allowed": None},
+            r"\{7\} have no class, \[0, 1\] have",
+        ),
     ],
     ids=["0/1", "0/255", "unknown", "grays", "all background", "no class"],
 )

@@ -68,7 +68,7 @@ def test_intensity_is_measured_for_each_channel_or_says_why_not(name: str) -> No
 
 
 def test_unknown_name_is_answered_with_the_closest() -> None:
-    with pytest.raises(ConfigurationError, match="'driv': .*did you mean drive?"):
+    with pytest.raises(ConfigurationError, match=r"'driv': .*did you mean drive\?"):
         load_manifest("driv")
 
 
@@ -204,7 +204,9 @@ def test_labels_may_be_absent_where_the_manifest_says_so(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_empty_folder_says_what_was_expected(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="no files matching .* under .*; expected layout: ") as error:
+    with pytest.raises(
+        InputError, match=r"no files matching .* under .*; expected layout: "
+    ) as error:
         find_samples(load_manifest(name), tmp_path)
     assert error.value.exit_code == 3
 

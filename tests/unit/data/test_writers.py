@@ -29,7 +29,9 @@ NAMES = st.text("abcÄé -_.1", min_size=1, max_size=8).filter(lambda name: name
     ],
     ids=["float", "int64", "five channels", "one channel", "empty", "one axis"],
 )
-def test_png_refuses_what_it_would_have_to_change(tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
+def test_png_refuses_what_it_would_have_to_change(
+    tmp_path: Path, array: np.ndarray[Any, Any]
+) -> None:
     with pytest.raises(ValueError, match="PNG takes"):
         write_png(tmp_path / "a.png", array)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,305 @@
+"""What the generic tests need to know of each bundle, and one short run of each.
+
+A new bundle adds one entry to `CASES` and passes the same tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.bundles import bundle_configs, prepare_run, read_config, run_bundle
+from pipeline.data.images import read_image
+from pipeline.data.writers import write_png
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs between bundles: how to make a run of seconds, and what it leaves.
+
+    Args:
+        training: settings that make training take a second.
+        frame: those of them that inference has too, since a checkpoint is used as it was trained.
+        overlay: an overlay of another architecture, and settings that make it small.
+        make_dataset: writes a labelled data folder for training and returns it.
+        make_inputs: writes a folder of inputs, and returns their names in it.
+        spoil_input: makes one input file unreadable.
+        results: suffixes of what inference writes for an input, after its stem.
+        check_result: asserts that a result fits its input.
+        figures: of an epoch's `val`, without the prefix `val_`, and of an evaluated image.
+        score: quality between 0 and 1 of the loaded bundle on a phantom it has not seen.
+        least_score: what the shipped weights reach at least.
+    """
+
+    training: Mapping[str, Any]
+    frame: Mapping[str, Any]
+    overlay: tuple[str, Mapping[str, Any]]
+    make_dataset: Callable[[Path], Path]
+    make_inputs: Callable[[Path], list[str]]
+    spoil_input: Callable[[Path], None]
+    results: tuple[str, ...]
+    check_result: Callable[[Path, Path], None]
+    figures: tuple[str, ...]
+    score: Callable[[Any], float]
+    least_score: float
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _fundus_dataset(folder: Path) -> Path:
+    from pipeline.fundus.phantom import write_phantom_dataset
+
+    return write_phantom_dataset(folder, {"train": 3, "val": 1, "test": 2}, size_px=128)
+
+
+def _fundus_inputs(folder: Path) -> list[str]:
+    from pipeline.fundus.phantom import fundus_phantom
+
+    names = ["left/eye.png", "right/eye.png"]  # equal names in two folders
+    for seed, name in enumerate(names):
+        write_png(folder / name, fundus_phantom(seed, (96 + 32 * seed, 128)).image)
+    return names
+
+
+def _fundus_result(result: Path, source: Path) -> None:
+    mask = read_image(result)
+    assert mask.shape == read_image(source).shape[:2]
+    assert set(np.unique(mask)) <= {0, 255}
+
+
+def _fundus_score(bundle: Any) -> float:
+    from pipeline.fundus.metrics import vessel_metrics
+    from pipeline.fundus.phantom import fundus_phantom
+
+    phantom = fundus_phantom(seed=7, size_px=(512, 512))
+    probability = bundle(phantom.image)["pred"]
+    return vessel_metrics(probability, phantom.label, phantom.fov, bundle.threshold)["dice"]
+
+
+CASES = {
+    "fundus_vessels": Case(
+        training={
+            "max_epochs": 2,
+            "val_interval": 1,
+            "patches_per_image": 2,
+            "batch_size": 2,
+            "patch_size": [64, 64],
+            "image_log_frequency": 1,
+            "threads": 1,
+        },
+        frame={"fov_size_px": 128},
+        overlay=("roinet", {"depths": [4, 4, 4, 4, 4, 4], "kernel_size": 3}),
+        make_dataset=_fundus_dataset,
+        make_inputs=_fundus_inputs,
+        spoil_input=_truncate,
+        results=("_vessels.png",),
+        check_result=_fundus_result,
+        figures=("dice", "iou", "auc"),
+        score=_fundus_score,
+        least_score=0.6,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle of this repository with its case."""
+
+    name: str
+    root: Path
+    case: Case
+
+    def run(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> dict:
+        """Run it in this process with the case's small settings, and leave the process as it was.
+
+        `device` is the CPU and the allocator is left alone.
+        """
+        settings = {"device": "cpu", "tune_allocator": False, **overrides}
+        if workflow != "inference":
+            settings = {**self.case.training, **settings}
+        if workflow == "train":
+            settings = {**self.case.frame, **settings}
+        with unchanged_process():
+            return run_bundle(self.root, workflow, overlays, **settings)
+
+    def workflow(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> Any:
+        """Return MONAI's own workflow with the small settings, as `monai.bundle run` makes it."""
+        from monai.bundle import ConfigWorkflow
+
+        files, settings = prepare_run(self.root, workflow, overlays)
+        small = {} if workflow == "inference" else self.case.training
+        settings |= {"device": "cpu", "tune_allocator": False, **small, **self.case.frame}
+        return ConfigWorkflow(
+            config_file=[str(path) for path in files],
+            workflow_type="infer" if workflow == "inference" else "train",
+            **settings | {key: _plain(value) for key, value in overrides.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Configuration files that are meant to be merged."""
+
+    bundle: Bundle
+    workflow: str
+    overlays: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "+".join((f"{self.bundle.name}-{self.workflow}", *self.overlays))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The merged text, a new copy each time."""
+        return read_config(prepare_run(self.bundle.root, self.workflow, self.overlays)[0])
+
+
+def folders() -> list[Path]:
+    return sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
+
+
+def bundles() -> list[Bundle]:
+    return [Bundle(folder.name, folder, CASES[folder.name]) for folder in folders()]
+
+
+def merged_after(overlay: Path) -> list[str]:
+    """Return the workflows that an overlay's head says it belongs to."""
+    head = "".join(
+        line for line in overlay.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
+    said = re.search(r"Merged after ([^:;\n]+?yaml)", head)
+    return re.findall(r"(train|inference)\.yaml", said[1]) if said else []
+
+
+def combinations() -> Iterator[Combination]:
+    for bundle in bundles():
+        for workflow in ("train", "evaluate", "inference"):
+            yield Combination(bundle, workflow, ())
+        for name, path in bundle_configs(bundle.root)["overlays"].items():
+            workflows = merged_after(path)
+            for workflow in [*workflows, *(["evaluate"] if "train" in workflows else [])]:
+                yield Combination(bundle, workflow, (name,))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Spread a test over bundles, over merged configurations, or over configuration files."""
+    if "combination" in metafunc.fixturenames:
+        metafunc.parametrize("combination", combinations(), ids=str)
+    if "config_file" in metafunc.fixturenames:
+        files = [path for folder in folders() for path in sorted(folder.glob("configs/*.yaml"))]
+        ids = [f"{path.parents[1].name}-{path.stem}" for path in files]
+        metafunc.parametrize("config_file", files, ids=ids)
+
+
+@contextlib.contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Undo what a workflow does to the process: log handlers and levels, import path, seeds."""
+    from monai.utils import set_determinism
+
+    loggers = [logging.getLogger(), logging.getLogger("pipeline")]
+    logs = [(log, log.handlers[:], log.level) for log in loggers]
+    path = sys.path[:]
+    try:
+        yield
+    finally:
+        for log, handlers, level in logs:
+            log.handlers[:] = handlers
+            log.setLevel(level)
+        sys.path[:] = path
+        set_determinism(seed=None)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stand in an empty folder, so that nothing depends on the checkout or writes into it."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", params=bundles(), ids=lambda bundle: bundle.name)
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    """Each bundle in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def dataset(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labelled data folder."""
+    return bundle.case.make_dataset(tmp_path_factory.mktemp(bundle.name) / "data")
+
+
+@pytest.fixture(scope="session")
+def inputs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder of unlabelled inputs, and their names."""
+    folder = tmp_path_factory.mktemp(f"{bundle.name}_inputs")
+    return folder, bundle.case.make_inputs(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left.
+
+    Args:
+        folder: its `output_dir`.
+        shipped: files of the bundle's own folder with their times, before and after.
+    """
+
+    folder: Path
+    shipped: tuple[dict[str, int], dict[str, int]]
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoints" / "best.pt"
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Return the files below a folder with their times of change."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(bundle: Bundle, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training run of the default configuration, finished. Tests only read it."""
+    folder = tmp_path_factory.mktemp(f"{bundle.name}_run")
+    before = times(bundle.root)
+    bundle.run("train", dataset_dir=dataset, output_dir=folder)
+    return Run(folder, (before, times(bundle.root)))
+
+
+@pytest.fixture(scope="session")
+def evaluated(bundle: Bundle, trained: Run, dataset: Path) -> Path:
+    """The evaluation folder of the training run, on the test split."""
+    checkpoints = times(trained.folder / "checkpoints")
+    bundle.run("evaluate", dataset_dir=dataset, output_dir=trained.folder, ckpt_path=trained.best)
+    assert times(trained.folder / "checkpoints") == checkpoints, "evaluation wrote a checkpoint"
+    return trained.folder / "evaluation" / "test"
+
+
+@pytest.fixture(scope="session")
+def inferred(
+    bundle: Bundle, trained: Run, inputs: tuple[Path, list[str]], tmp_path_factory: Any
+) -> Path:
+    """The results of inference with the training run's checkpoint."""
+    folder = tmp_path_factory.mktemp(f"{bundle.name}_results")
+    bundle.run("inference", dataset_dir=inputs[0], output_dir=folder, ckpt_path=trained.best)
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import errno
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import cli
+from pipeline.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DivergedError,
+    InputErrors,
+    Interrupted,
+    Preempted,
+    Problem,
+    ResourceError,
+)
+
+TRAIN = """
+output_dir: runs
+max_epochs: 3
+early_stopping: {enabled: true, patience: 5}
+dataset_dir: null
+run: ['$dict(epochs=@max_epochs)']
+"""
+INFERENCE = """
+output_dir: runs
+dataset_dir: null
+run: [{_target_: pathlib.Path.mkdir, self: "$__import__('pathlib').Path(@output_dir)"}]
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    configs = tmp_path / "bundles" / "tiny" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "train.yaml").write_text(TRAIN)
+    (configs / "evaluate.yaml").write_text("run: []\n")
+    (configs / "inference.yaml").write_text(INFERENCE)
+    (configs / "metadata.json").write_text('{"version": "0.1.0"}')
+    monkeypatch.chdir(tmp_path)
+    return configs.parent
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Record what would run, and run nothing."""
+    import pipeline.bundles
+
+    calls = []
+
+    def record(name, workflow, overlays=(), **overrides):
+        calls.append((name, workflow, list(overlays), overrides))
+        return {"output_dir": "runs"}
+
+    monkeypatch.setattr(pipeline.bundles, "run_bundle", record)
+    return calls
+
+
+def verbs(parser, path=()):
+    for action in parser._actions:
+        for name, child in (
+            (getattr(action, "choices", None) or {}).items()
+            if action.dest == "==SUPPRESS=="
+            else ()
+        ):
+            yield (*path, name), child
+            yield from verbs(child, (*path, name))
+
+
+VERBS = dict(verbs(cli._parser()))
+
+
+def test_the_verbs_of_the_design_are_there():
+    assert {" ".join(path) for path in VERBS} == {
+        "doctor", "train", "predict", "evaluate", "data", "data list", "data init",
+        "data preview", "data check", "data freeze", "data sample",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", list(VERBS), ids=" ".join)
+def test_every_verb_helps_with_an_example_that_parses(path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*path, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    example = re.search(r"example: python -m pipeline (.*)", text).group(1).split()
+    assert example[: len(path)] == list(path)
+    arguments, _ = cli._split_overrides(example)
+    cli._parser().parse_args(arguments)
+
+
+@pytest.mark.cli
+def test_help_takes_less_than_half_a_second_of_cpu():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "pipeline", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "example:" in done.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 0.5, seconds
+
+
+@pytest.mark.cli
+def test_a_misspelt_setting_is_refused_before_torch_is_imported(bundle):
+    code = (
+        "import sys\nfrom pipeline.cli import main\n"
+        "code = main(['train', 'tiny', '--max_epoch', '1'])\n"
+        "sys.exit(99 if {'torch', 'monai'} & set(sys.modules) else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --max_epoch: no id 'max_epoch'; did you mean max_epochs?\n"
+
+
+def test_settings_reach_the_bundle_as_values(bundle, runs):
+    arguments = ["--max_epochs", "1", "--early_stopping::patience=2", "--output_dir", "a b"]
+    assert cli.main(["train", "tiny", *arguments]) == 0
+    settings = {"max_epochs": 1, "early_stopping::patience": 2, "output_dir": "a b"}
+    assert runs == [("tiny", "train", [], settings)]
+
+
+def test_a_negative_number_is_a_value_and_a_lone_name_is_true(bundle, runs):
+    words = ["evaluate", "tiny", "--max_epochs", "-1e-3", "--early_stopping::enabled"]
+    assert cli.main(words) == 0
+    assert runs[0][3] == {"max_epochs": -0.001, "early_stopping::enabled": True}
+
+
+def test_predict_maps_input_and_output(bundle, runs, tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert cli.main(["predict", "tiny", "-i", "photos", "-o", "out"]) == 0
+    settings = {"dataset_dir": "photos", "output_dir": "out"}
+    assert runs == [("tiny", "inference", [], settings)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["predict", "tiny", "-i", "absent", "-o", "out"], 3, "absent: not found"),
+        (["predict", "tiny", "-i", ".", "-o", "out", "--output_dir", "x"], 2, "beside -i/-o"),
+        (["train", "tinny"], 2, "did you mean tiny"),
+        (["train", "tiny", "fast"], 2, "no overlay 'fast'"),
+        (["train", "tiny", "--max_epochs"], 2, "needs a number"),
+        (["train", "tiny", "--max_epochs", "1", "--max_epochs", "2"], 2, "given twice"),
+        (["train", "tiny", "--early_stopping", "[1"], 2, "cannot read the value"),
+        (["data", "check", "no_such_manifest", "."], 2, "no_such_manifest"),
+    ],
+)
+def test_a_usage_error_is_one_line(bundle, capsys, words, code, text):
+    assert cli.main(words) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert text in error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigurationError("x"), 2),
+        (InputErrors([Problem("a.png", "read", "x")]), 3),
+        (CheckpointError("x"), 4),
+        (ResourceError("x"), 5),
+        (OSError(errno.ENOSPC, "x"), 5),
+        (MemoryError("x"), 5),
+        (DivergedError("x"), 6),
+        (Preempted("x"), 75),
+        (Interrupted("x"), 130),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("x"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_an_error_becomes_its_exit_code_and_one_line(bundle, monkeypatch, capsys, error, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pipeline.bundles.run_bundle", fail)
+    assert cli.main(["train", "tiny"]) == code
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_debug_shows_the_traceback(bundle, monkeypatch, capsys, by):
+    if by == "variable":
+        monkeypatch.setenv("LAMINA_DEBUG", "1")
+    assert cli.main(["train", "tinny", *(["--debug"] if by == "option" else [])]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_training_ends_by_naming_what_to_open(bundle, tmp_path, monkeypatch, capsys):
+    def run(*_, **__):
+        (tmp_path / "runs" / "pictures").mkdir(parents=True)
+        (tmp_path / "runs" / "pictures" / "best_1.png").touch()
+        (tmp_path / "runs" / "report.html").touch()
+        return {"output_dir": "runs"}
+
+    monkeypatch.setattr("pipeline.bundles.run_bundle", run)
+    assert cli.main(["train", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/pictures/best_1.png" in shown
+    assert shown.endswith("report: runs/report.html\n")
+
+
+def test_a_bundle_really_runs(bundle, capsys):
+    assert cli.main(["train", "tiny", "--max_epochs", "1"]) == 0
+    assert cli.main(["evaluate", "tiny"]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+def test_doctor_speaks_to_programs_and_people(bundle, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"]
+    assert any(device["name"] == "cpu" and device["usable"] for device in report["devices"])
+    assert report["memory_bytes"] > 0
+    assert any("tiny has no weights" in line for line in report["missing"])
+    assert cli.main(["doctor"]) == 0
+    assert "tiny 0.1.0, without weights" in capsys.readouterr().out
+
+
+def pairs(folder, *, truncated=False):
+    import numpy as np
+
+    from pipeline.data.writers import write_png
+
+    rng = np.random.default_rng(0)
+    for split, name in (("train", "a"), ("train", "b"), ("val", "c"), ("test", "d")):
+        image = rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)
+        write_png(folder / split / "image" / f"{name}.png", image)
+        label = folder / split / "label" / f"{name}.png"
+        write_png(label, ((image[..., 0] > 128) * 255).astype(np.uint8))
+        if truncated and name == "b":
+            label.write_bytes(label.read_bytes()[:60])
+    return folder
+
+
+def test_data_list_names_the_manifests(capsys):
+    assert cli.main(["data", "list"]) == 0
+    assert {"drive", "stare", "images"} <= {
+        line.split()[0] for line in capsys.readouterr().out.splitlines()
+    }
+
+
+def test_data_is_guessed_checked_frozen_and_shown(tmp_path, capsys):
+    folder = str(pairs(tmp_path / "data"))
+    guessed = str(tmp_path / "guessed.yaml")
+    assert cli.main(["data", "init", folder, "-o", guessed]) == 0
+    assert cli.main(["data", "check", guessed, folder]) == 0
+    frozen = str(tmp_path / "frozen.yaml")
+    assert cli.main(["data", "freeze", guessed, folder, "-o", frozen, "--folds", "2"]) == 0
+    assert cli.main(["data", "check", frozen, folder, "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text[text.index("{") :]) == {"samples": 4, "problems": [], "exit_code": 0}
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["data", "preview", frozen, folder, "-o", str(sheet), "--cases", "2"]) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_check_names_the_bad_file_and_exits_3(tmp_path, capsys):
+    folder = str(pairs(tmp_path / "data", truncated=True))
+    assert cli.main(["data", "check", "vessel_pairs", folder]) == 3
+    assert "train/label/b.png" in capsys.readouterr().err
+    assert cli.main(["data", "check", "vessel_pairs", folder, "--json"]) == 3
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["path"] == "train/label/b.png"
+
+
+def test_data_check_of_an_empty_folder_is_json_too(tmp_path, capsys):
+    assert cli.main(["data", "check", "drive", str(tmp_path), "--json"]) == 3
+    assert "expected layout" in json.loads(capsys.readouterr().out)["problems"][0]["message"]
+
+
+def test_a_sample_is_a_readable_photograph(tmp_path, capsys):
+    from pipeline.data.images import read_image
+
+    assert cli.main(["data", "sample", "fundus", "-o", str(tmp_path)]) == 0
+    assert read_image(capsys.readouterr().out.strip()).shape == (1411, 1411, 3)
