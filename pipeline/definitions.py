@@ -1,8 +1,8 @@
 """What a checkpoint may ask to be built.
 
-A configuration is code: MONAI calls any `_target_` and evaluates any `$` expression. The definitions
-inside a checkpoint come from a file that somebody sends, so only networks and transforms of Lamina
-and MONAI, with plain arguments, are taken from it.
+A configuration is code: MONAI calls any `_target_` and evaluates any `$` expression. Definitions
+inside a checkpoint come from a file that somebody sends, so only networks and transforms of Lamina,
+MONAI and torch, with plain arguments, are taken from it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _ALLOWED = re.compile(
     r"[A-Za-z]\w*"  # a bare name, which MONAI looks up among its own components
     r"|monai\.(networks|transforms)(\.\w+)+"
     r"|pipeline\.\w+\.(networks|transforms)(\.\w+)+"
+    r"|torch\.nn\.[A-Z]\w*"
 )
 _MARKS = ("$", "@", "%")
 
@@ -34,8 +35,8 @@ def check_definitions(definitions: object, source: object) -> None:
     """
     for found in _forbidden(definitions):
         raise CheckpointError(
-            f"{source}: its definitions hold {found}; only networks and transforms of pipeline and "
-            "monai with plain arguments are built from a checkpoint: do not use this file"
+            f"{source}: its definitions hold {found}; only networks and transforms of pipeline, "
+            "monai and torch.nn with plain arguments are built from a checkpoint: do not use this file"
         )
 
 

@@ -123,17 +123,22 @@ class Bundle:
     root: Path
     case: Case
 
-    def run(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> dict:
-        """Run it in this process with the case's small settings, and leave the process as it was.
+    @property
+    def overlays(self) -> dict[str, list[str]]:
+        """The workflows that each overlay says, in its head, it is merged after."""
+        return {
+            name: _merged_after(path)
+            for name, path in bundle_configs(self.root)["overlays"].items()
+        }
 
-        `device` is the CPU and the allocator is left alone.
-        """
+    def run(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> dict:
+        """Run it in this process, on the CPU, with the case's small settings."""
         settings = {"device": "cpu", "tune_allocator": False, **overrides}
         if workflow != "inference":
             settings = {**self.case.training, **settings}
         if workflow == "train":
             settings = {**self.case.frame, **settings}
-        with unchanged_process():
+        with unchanged_process():  # for the runs of session fixtures; see `_undisturbed`
             return run_bundle(self.root, workflow, overlays, **settings)
 
     def workflow(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> Any:
@@ -166,6 +171,16 @@ class Combination:
         """The merged text, a new copy each time."""
         return read_config(prepare_run(self.bundle.root, self.workflow, self.overlays)[0])
 
+    @property
+    def in_training(self) -> Combination:
+        """The same overlays in training."""
+        return Combination(self.bundle, "train", self.overlays)
+
+    @property
+    def plain(self) -> Combination:
+        """The same workflow without overlays."""
+        return Combination(self.bundle, self.workflow, ())
+
 
 def folders() -> list[Path]:
     return sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
@@ -175,21 +190,17 @@ def bundles() -> list[Bundle]:
     return [Bundle(folder.name, folder, CASES[folder.name]) for folder in folders()]
 
 
-def merged_after(overlay: Path) -> list[str]:
-    """Return the workflows that an overlay's head says it belongs to."""
-    head = "".join(
-        line for line in overlay.read_text().splitlines(keepends=True) if line.startswith("#")
-    )
-    said = re.search(r"Merged after ([^:;\n]+?yaml)", head)
-    return re.findall(r"(train|inference)\.yaml", said[1]) if said else []
+def _merged_after(overlay: Path) -> list[str]:
+    lines = overlay.read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if line.startswith("#") and "Merged after" in line]
+    return re.findall(r"(train|inference)\.yaml", said[0].split("Merged after")[1]) if said else []
 
 
 def combinations() -> Iterator[Combination]:
     for bundle in bundles():
         for workflow in ("train", "evaluate", "inference"):
             yield Combination(bundle, workflow, ())
-        for name, path in bundle_configs(bundle.root)["overlays"].items():
-            workflows = merged_after(path)
+        for name, workflows in bundle.overlays.items():
             for workflow in [*workflows, *(["evaluate"] if "train" in workflows else [])]:
                 yield Combination(bundle, workflow, (name,))
 
@@ -223,9 +234,11 @@ def unchanged_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stand in an empty folder, so that nothing depends on the checkout or writes into it."""
+def _undisturbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Stand in an empty folder, so that nothing writes into the checkout; clean up the process."""
     monkeypatch.chdir(tmp_path)
+    with unchanged_process():
+        yield
 
 
 @pytest.fixture(scope="session", params=bundles(), ids=lambda bundle: bundle.name)
@@ -252,12 +265,13 @@ class Run:
     """What a run left.
 
     Args:
-        folder: its `output_dir`.
-        shipped: files of the bundle's own folder with their times, before and after.
+        folder: where its results are.
+        before, after: files that it must not touch, with their times.
     """
 
     folder: Path
-    shipped: tuple[dict[str, int], dict[str, int]]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
 
     @property
     def best(self) -> Path:
@@ -279,23 +293,26 @@ def trained(bundle: Bundle, dataset: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(f"{bundle.name}_run")
     before = times(bundle.root)
     bundle.run("train", dataset_dir=dataset, output_dir=folder)
-    return Run(folder, (before, times(bundle.root)))
+    return Run(folder, before, times(bundle.root))
 
 
 @pytest.fixture(scope="session")
-def evaluated(bundle: Bundle, trained: Run, dataset: Path) -> Path:
-    """The evaluation folder of the training run, on the test split."""
-    checkpoints = times(trained.folder / "checkpoints")
+def evaluated(bundle: Bundle, trained: Run, dataset: Path) -> Run:
+    """The evaluation of the training run's best checkpoint on the test split."""
+    before = times(trained.folder / "checkpoints")
     bundle.run("evaluate", dataset_dir=dataset, output_dir=trained.folder, ckpt_path=trained.best)
-    assert times(trained.folder / "checkpoints") == checkpoints, "evaluation wrote a checkpoint"
-    return trained.folder / "evaluation" / "test"
+    after = times(trained.folder / "checkpoints")
+    return Run(trained.folder / "evaluation" / "test", before, after)
 
 
 @pytest.fixture(scope="session")
 def inferred(
-    bundle: Bundle, trained: Run, inputs: tuple[Path, list[str]], tmp_path_factory: Any
+    bundle: Bundle,
+    trained: Run,
+    inputs: tuple[Path, list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The results of inference with the training run's checkpoint."""
+    """The results of inference with the training run's best checkpoint."""
     folder = tmp_path_factory.mktemp(f"{bundle.name}_results")
     bundle.run("inference", dataset_dir=inputs[0], output_dir=folder, ckpt_path=trained.best)
     return folder
