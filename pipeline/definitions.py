@@ -36,7 +36,7 @@ def check_definitions(definitions: object, source: object) -> None:
     for found in _forbidden(definitions):
         raise CheckpointError(
             f"{source}: its definitions hold {found}; only networks and transforms of pipeline, "
-            "monai and torch.nn with plain arguments are built from a checkpoint: do not use this file"
+            "monai and torch.nn with plain arguments are built from a checkpoint; do not use it"
         )
 
 

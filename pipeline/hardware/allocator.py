@@ -17,6 +17,7 @@ __all__ = ["tune_allocator"]
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 2**31 - 1  # mallopt takes a C int
+_OLD_LIMIT_BYTES = 32 * 2**20  # the largest mmap threshold that glibc before 2.35 accepts
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ def tune_allocator(enabled: bool = True) -> bool:
         logger.info("allocator: left as it is (not glibc)")
         return False
     libc = ctypes.CDLL("libc.so.6")
-    took_mmap = libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) == 1
+    took_mmap = any(
+        libc.mallopt(_M_MMAP_THRESHOLD, limit) == 1 for limit in (_KEEP_BYTES, _OLD_LIMIT_BYTES)
+    )
     took_trim = libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES) == 1
     accepted = bool(took_mmap and took_trim)
     logger.info("allocator: glibc thresholds %s", "raised" if accepted else "refused")

@@ -13,19 +13,23 @@ import importlib.metadata
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ignite.engine import Engine
 
 from pipeline.data.atomic import check_writable, write_csv, write_json
 from pipeline.data.checksums import file_sha256
-from pipeline.errors import InputErrors, Problem
+from pipeline.data.writers import check_result_paths, result_path
+from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem, exit_code
 
 __all__ = ["BatchRun"]
 
 logger = logging.getLogger(__name__)
+
+_SUMMARY = "summary.json"
 
 
 class BatchRun:
@@ -40,6 +44,12 @@ class BatchRun:
         model_path: the checkpoint file, whose hash is part of a sidecar.
         bundle: the bundle's name, for the summary.
         overwrite: compute every result again.
+        files: keys of a case under which paths of further files stand that determine its result,
+            such as a mask; an absent or empty one is no file.
+
+    Raises:
+        ResourceError: `output_dir` cannot be written.
+        ConfigurationError: results of two inputs would have one name.
     """
 
     def __init__(
@@ -51,8 +61,10 @@ class BatchRun:
         model_path: str,
         bundle: str,
         overwrite: bool = False,
+        files: Sequence[str] = (),
     ) -> None:
         self.output_dir = check_writable(Path(output_dir))
+        self.files = tuple(files)
         self.bundle = bundle
         self.model_path = model_path
         self.settings = dict(settings)
@@ -61,9 +73,10 @@ class BatchRun:
         self.rows: list[dict[str, Any]] = []
         self.problems: list[Problem] = []
         self.skipped = 0
-        self._origins: dict[str, dict[str, str]] = {}
+        self._origins: dict[str, dict[str, Any]] = {}
         self._model_sha256 = file_sha256(Path(model_path))
         self.inputs = len(cases)
+        self._check_names([str(case["name"]) for case in cases])
         self.pending = [dict(case) for case in cases if self._is_pending(case, check, overwrite)]
         logger.info(
             "%d inputs: %d to do, %d done before, %d rejected",
@@ -72,8 +85,7 @@ class BatchRun:
 
     def path(self, name: str, suffix: str) -> Path:
         """Return where a result of the input `name` goes: its folders and stem, and `suffix`."""
-        relative = Path(name)
-        return self.output_dir / relative.parent / f"{relative.stem}{suffix}"
+        return result_path(name, ".", self.output_dir, suffix)
 
     def record(self, name: str, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Note that the results of `name` are written: call it after the last of its files.
@@ -90,18 +102,28 @@ class BatchRun:
 
     def run(self, evaluator: Engine) -> None:
         """Compute what is pending and write the tables, also where it stops half-way."""
+        for case in self.pending:  # an old sidecar must not vouch for a result half overwritten
+            self.path(str(case["name"]), ".json").unlink(missing_ok=True)
         try:
             if self.pending:
                 evaluator.run()
-        finally:
-            self._write_tables()
+        except BaseException as error:
+            self._write_tables(exit_code(error))
+            raise
+        rejected = self.problems or not self.inputs
+        self._write_tables(InputErrors.exit_code if rejected else 0)
 
     def finish(self) -> None:
         """Tell of rejected inputs: the last step of a run.
 
         Raises:
             InputErrors: inputs were rejected; everything else is done.
+            InputError: there was no input at all.
         """
+        if not self.inputs:
+            raise InputError(
+                "found no input, expected at least one; point dataset_dir at a file or a folder"
+            )
         if self.problems:
             raise InputErrors(self.problems, f"of {self.inputs} inputs rejected, the rest is done")
 
@@ -109,26 +131,49 @@ class BatchRun:
         self, case: Mapping[str, Any], check: Callable[[Mapping[str, Any]], str], overwrite: bool
     ) -> bool:
         name = str(case["name"])
-        wrong = check(case)
-        if wrong:
-            self.problems.append(Problem(name, "read", wrong))
-            logger.warning("rejected: %s", wrong)
+        try:
+            origin = self._origin(case)
+        except InputError as error:
+            return self._reject(name, case, str(error))
+        if not overwrite and (done := self._finished(name, origin)) is not None:
+            self.skipped += 1
+            self.rows.append({**done, "image": name})
             return False
-        origin = {
-            "input": str(case["image"]),
-            "input_sha256": file_sha256(Path(case["image"])),
-            "model_sha256": self._model_sha256,
-            "settings_sha256": _digest(self.settings),
-            "lamina": importlib.metadata.version("lamina"),
-        }
+        if wrong := check(case):
+            return self._reject(name, case, wrong)
         self._origins[name] = origin
-        if overwrite or (done := self._finished(name, origin)) is None:
-            return True
-        self.skipped += 1
-        self.rows.append(done)
+        return True
+
+    def _reject(self, name: str, case: Mapping[str, Any], wrong: str) -> Literal[False]:
+        logger.warning("rejected: %s", wrong)
+        self.problems.append(Problem(name, "read", wrong.removeprefix(f"{case['image']}: ")))
         return False
 
-    def _finished(self, name: str, origin: Mapping[str, str]) -> dict[str, Any] | None:
+    def _origin(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a case's result is made from."""
+        beside = [key for key in self.files if case.get(key)]
+        return {
+            "input": str(case["image"]),
+            "input_sha256": file_sha256(Path(case["image"])),
+            "beside_sha256": {key: file_sha256(Path(case[key])) for key in beside},
+            "model_sha256": self._model_sha256,
+            "settings_sha256": _digest(self.settings),
+            "lamina": _version(),
+        }
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Refuse inputs whose results would overwrite each other or the summary."""
+        check_result_paths(names, ".")
+        counts = Counter(names)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ConfigurationError(f"inputs are listed twice: {', '.join(twice[:20])}")
+        for name in names:
+            if self.path(name, ".json") == self.output_dir / _SUMMARY:
+                raise ConfigurationError(
+                    f"{name}: its result would be named like {_SUMMARY} of the run; rename the file"
+                )
+
+    def _finished(self, name: str, origin: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the row of a finished result of the same origin, None where there is none."""
         sidecar = self.path(name, ".json")
         if not sidecar.is_file():
@@ -137,13 +182,16 @@ class BatchRun:
             found = json.loads(sidecar.read_text(encoding="utf-8"))
         except ValueError:
             return None
+        if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
+            return None
         same = all(found.get(k) == v for k, v in origin.items() if k != "input")
-        return found.get("row") if same else None
+        return dict(found["row"]) if same else None
 
-    def _write_tables(self) -> None:
+    def _write_tables(self, code: int) -> None:
         ended = datetime.datetime.now(datetime.UTC)
         self.rows.sort(key=lambda row: str(row["image"]))
-        write_csv(self.output_dir / "per_image.csv", self.rows)
+        columns = dict.fromkeys(["image", *(key for row in self.rows for key in row)])
+        write_csv(self.output_dir / "per_image.csv", self.rows, columns=list(columns))
         write_csv(
             self.output_dir / "failures.csv",
             [vars(problem) for problem in self.problems],
@@ -159,16 +207,23 @@ class BatchRun:
             "done": done,
             "skipped": self.skipped,
             "rejected": len(self.problems),
-            "exit_code": InputErrors.exit_code if self.problems else 0,
+            "exit_code": code,
             "checkpoint": self.model_path,
             "model_sha256": self._model_sha256,
             "settings": self.settings,
         }
-        write_json(self.output_dir / "summary.json", summary)
+        write_json(self.output_dir / _SUMMARY, summary)
         logger.info(
             "%d done, %d skipped, %d rejected in %.1f s", done, self.skipped, len(self.problems),
             summary["seconds"],
         )  # fmt: skip
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lamina")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from monai.inferers import Inferer, sliding_window_inference
 from torch import Tensor
+
+from pipeline.errors import ConfigurationError
 
 __all__ = ["SlidingWindow"]
 
@@ -33,11 +36,15 @@ class SlidingWindow(Inferer):
         sw_batch_size: int = 1,
     ) -> None:
         if not 0 <= overlap < 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f"overlap must be in [0, 1), got {overlap!r}; pass a fraction: 32 of 128 px is 0.25"
             )
         if weights not in ("gaussian", "constant"):
-            raise ValueError(f"weights must be 'gaussian' or 'constant', got {weights!r}")
+            raise ConfigurationError(f"weights must be gaussian or constant, got {weights!r}")
+        if min(roi_size, default=0) < 1:
+            raise ConfigurationError(f"roi_size must be positive, got {list(roi_size)}")
+        if sw_batch_size < 1:
+            raise ConfigurationError(f"sw_batch_size must be at least 1, got {sw_batch_size!r}")
         self.roi_size = tuple(roi_size)
         self.overlap = overlap
         self.weights = weights
@@ -46,8 +53,16 @@ class SlidingWindow(Inferer):
     def __call__(
         self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the blended output for `inputs` `(B, C, *spatial)`."""
+        """Return the blended output for `inputs` `(B, C, *spatial)`.
+
+        Further arguments go to the network, with every window.
+        """
         spatial = tuple(inputs.shape[2:])
+        if len(spatial) != len(self.roi_size):
+            raise ConfigurationError(
+                f"roi_size {list(self.roi_size)} has {len(self.roi_size)} axes, the image "
+                f"{list(spatial)} has {len(spatial)}; give one size per axis"
+            )
         roi = tuple(min(r, s) for r, s in zip(self.roi_size, spatial, strict=True))
         output: Any
         if roi == spatial:
@@ -57,11 +72,25 @@ class SlidingWindow(Inferer):
                 inputs,
                 roi,
                 self.sw_batch_size,
-                network,
+                # Bound here: behind `weights` MONAI's function has settings of its own.
+                partial(_call, network, args, kwargs),
                 self.overlap,
                 self.weights,
-                *args,
-                **kwargs,
             )
         blended: Tensor = output
         return blended
+
+
+def _call(
+    network: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], window: Tensor
+) -> Any:
+    output = network(window, *args, **kwargs)
+    # MONAI weights what it gets in place, and the window is a view of the image: a network that
+    # passes its input on would have the image weighted too.
+    if isinstance(output, Tensor) and _storage(output) == _storage(window):
+        return output.clone()
+    return output
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -9,6 +9,8 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.errors import ConfigurationError
+
 __all__ = ["AveragedNetwork", "EMAHandler"]
 
 
@@ -26,7 +28,7 @@ class AveragedNetwork(AveragedModel):
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+            raise ConfigurationError(f"ema_decay must be in [0, 1), got {decay!r}")
         self.decay = decay
         super().__init__(network, avg_fn=self._average, use_buffers=True)
 

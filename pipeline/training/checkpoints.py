@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import pickle
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.atomic import write_bytes, write_text
+from pipeline.data.atomic import atomic_path, write_bytes, write_text
 from pipeline.errors import CheckpointError
 
 __all__ = ["FORMAT", "check_definition", "load_weights", "read_checkpoint", "write_checkpoint"]
@@ -30,6 +31,22 @@ __all__ = ["FORMAT", "check_definition", "load_weights", "read_checkpoint", "wri
 FORMAT = "lamina-checkpoint-1"
 
 logger = logging.getLogger(__name__)
+
+_FOLDER_BIT = 0x10  # of a zip entry's attributes, as MS-DOS had it
+
+# What zipfile and torch raise, besides their own errors, on a file that only looks like theirs.
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, keep_as: str = "") -> Path:
@@ -45,8 +62,7 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, keep_as: s
     torch.save({"format": FORMAT, **content}, buffer)
     data = buffer.getvalue()
     if keep_as and path.exists():
-        for kept in (path, _checksum_file(path)):
-            _keep_copy(kept, kept.with_name(kept.name.replace(path.name, keep_as, 1)))
+        _keep(path, path.with_name(keep_as))
     # The stale checksum goes first: a kill between the two writes leaves a file without a
     # checksum (verified by the archive's CRCs), never one beside a checksum that is not its own.
     _checksum_file(path).unlink(missing_ok=True)
@@ -66,24 +82,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: no such checkpoint; train first, or point ckpt_path at a .pt file"
         )
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; make it readable or use another checkpoint"
+        ) from error
     _verify(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    # `from None`: torch's own text advises to load without this protection.
+    except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: holds more than tensors and plain data and was not loaded; "
             "only use checkpoints written by Lamina, from a source that you trust"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        ) from None
+    except _UNREADABLE:
         raise CheckpointError(
-            f"{path}: not a readable PyTorch file ({len(data)} bytes); restore it or train again"
-        ) from error
+            f"{path}: not a readable checkpoint ({len(data)} bytes); restore it or train again"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = (
-            content.get("format", "no format entry") if isinstance(content, dict) else type(content)
+            content.get("format", "no format entry")
+            if isinstance(content, dict)
+            else type(content).__name__
         )
-        raise CheckpointError(f"{path}: found {found}, expected a Lamina checkpoint ({FORMAT})")
+        raise CheckpointError(
+            f"{path}: found {found}, expected a Lamina checkpoint ({FORMAT}); "
+            "point ckpt_path at a .pt file that Lamina wrote"
+        )
     return content
 
 
@@ -95,6 +122,8 @@ def load_weights(
     Raises:
         CheckpointError: names or shapes differ: this is another architecture, not damage.
     """
+    if "model" not in content:
+        raise CheckpointError(f"{source}: holds no network weights; use another checkpoint")
     state: Mapping[str, Tensor] = content["model"]
     own = network.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
@@ -105,7 +134,7 @@ def load_weights(
             f"{source}: holds another architecture than the configuration builds "
             f"({len(missing)} tensors missing, {len(unexpected)} unexpected, {len(reshaped)} of "
             f"another shape); it was trained with {_described(content.get('network_def'))}: "
-            f"{_remedy(overlay)}"
+            f"{_merge(overlay)}, {_OTHER_DOORS}"
         )
     network.load_state_dict(dict(state))
 
@@ -128,21 +157,48 @@ def check_definition(
         expected = content.get(key)
         if expected is None or _plain(expected) == _plain(found):
             continue
-        overlay = content.get("architecture", "default")
+        name, its, configured = _difference(key, _plain(expected), _plain(found))
         raise CheckpointError(
-            f"{source}: its {key} is {_described(expected)} and the configuration's is "
-            f"{_described(found)}: {_remedy(overlay)}"
+            f"{source}: its {name} is {_described(its)} and the configuration's is "
+            f"{_described(configured)}: {_remedy(key, content, settings)}"
         )
 
 
-def _remedy(overlay: str) -> str:
-    merge = (
-        "without an overlay" if overlay == "default" else f"with configs/{overlay}.yaml merged in"
-    )
-    return (
-        f"run {merge}, or use `python -m pipeline predict` or `evaluate`, "
-        "which take network and preprocessing from the checkpoint"
-    )
+_OTHER_DOORS = (
+    "or use `python -m pipeline predict` or `evaluate`, "
+    "which take network and preprocessing from the checkpoint"
+)
+
+
+def _remedy(key: str, content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if key == "bundle":
+        return f"run the bundle {content[key]}, or use a checkpoint of {settings[key]}"
+    overlay = content.get("architecture", "default")
+    if settings.get("architecture") == overlay:
+        return f"run with the checkpoint's value, {_OTHER_DOORS}"
+    return f"{_merge(overlay)}, {_OTHER_DOORS}"
+
+
+def _merge(overlay: str) -> str:
+    if overlay == "default":
+        return "run without an overlay"
+    return f"run with configs/{overlay}.yaml merged in"
+
+
+def _difference(name: str, its: Any, configured: Any) -> tuple[str, Any, Any]:
+    """Return where two plain values differ, and both there, so that the message stays short."""
+    if isinstance(its, dict) and isinstance(configured, dict):
+        target = str(its.get("_target_", "")).rsplit(".", 1)[-1]
+        keys = [k for k in its | configured if its.get(k) != configured.get(k)]
+        if len(keys) == 1 and keys[0] != "_target_":
+            inner = " ".join(filter(None, (name, target, str(keys[0]))))
+            return _difference(inner, its.get(keys[0]), configured.get(keys[0]))
+    if isinstance(its, list) and isinstance(configured, list) and len(its) == len(configured):
+        pairs = zip(its, configured, strict=True)
+        place, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        if isinstance(one, dict):
+            return _difference(f"{name}[{place}]", one, other)
+    return name, its, configured
 
 
 def _described(value: Any) -> str:
@@ -163,27 +219,37 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _keep_copy(path: Path, copy: Path) -> None:
-    """Give `path` a second name; neither name is ever missing or half-written."""
-    if not path.exists():
-        return
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(path)
-    except OSError:  # a file system without hard links
-        shutil.copy2(path, temporary)
-    temporary.replace(copy)
+def _keep(path: Path, kept: Path) -> None:
+    """Give the checkpoint `path` a second name; neither name is ever missing or half-written."""
+    # As above: at no moment does a checkpoint stand beside a checksum of another one.
+    _checksum_file(kept).unlink(missing_ok=True)
+    if not (kept.exists() and kept.samefile(path)):  # as a kill right after this leaves them
+        with atomic_path(kept) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                temporary.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+    checksum = _checksum_file(path)
+    if checksum.exists():
+        digest = _recorded(checksum)
+        write_text(_checksum_file(kept), f"{digest}  {kept.name}\n")
 
 
 def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+def _recorded(checksum: Path) -> str:
+    """Return the digest in a checksum file, an empty string where there is none."""
+    words = checksum.read_text(encoding="utf-8", errors="replace").split()
+    return words[0] if words else ""
+
+
 def _verify(path: Path, data: bytes) -> None:
     checksum = _checksum_file(path)
     if checksum.exists():
-        if checksum.read_text(encoding="utf-8").split()[:1] == [hashlib.sha256(data).hexdigest()]:
+        if _recorded(checksum) == hashlib.sha256(data).hexdigest():
             return
         problem = f"its sha256 differs from the one in {checksum.name}"
     else:
@@ -198,6 +264,10 @@ def _archive_problem(data: bytes) -> str:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             broken = archive.testzip()
-    except zipfile.BadZipFile as error:
-        return str(error)
-    return f"checksum of {broken} fails" if broken else ""
+            # torch reads nothing for an entry with this bit, and leaves the tensor uninitialised.
+            folders = [i.filename for i in archive.infolist() if i.external_attr & _FOLDER_BIT]
+    except (zipfile.BadZipFile, *_UNREADABLE) as error:
+        return f"no whole archive: {str(error) or type(error).__name__}"
+    if broken:
+        return f"checksum of {broken} fails"
+    return f"{folders[0]} is marked as a folder" if folders else ""

@@ -62,7 +62,7 @@ class ValidationLoss:
     It reads the raw network output, before post-processing replaces it.
 
     Args:
-        loss: called with logits and label.
+        loss: called with logits and label; a mean over the batch.
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -81,8 +81,10 @@ class ValidationLoss:
     def _update(self, engine: Engine) -> None:
         output: Any = engine.state.output
         with torch.no_grad():
-            self.total += float(self.loss(output["pred"], output["label"]))
-        self.cases += 1
+            loss = float(self.loss(output["pred"], output["label"]))
+        cases = len(output["label"])
+        self.total += loss * cases
+        self.cases += cases
 
     def _report(self, engine: Engine) -> None:
         engine.state.metrics["val_loss"] = self.total / max(self.cases, 1)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from ignite.engine import Engine, Events
 
+from pipeline.errors import ConfigurationError
+
 __all__ = ["Monitor"]
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,11 @@ class Monitor:
         early_stopping: bool = True,
     ) -> None:
         if mode not in ("max", "min"):
-            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+            raise ConfigurationError(f"early_stopping::mode must be max or min, got {mode!r}")
         if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience!r}")
+            raise ConfigurationError(
+                f"early_stopping::patience must be at least 1 validation, got {patience!r}"
+            )
         self.validator = validator
         self.metric = metric
         self.sign = 1.0 if mode == "max" else -1.0
@@ -70,8 +74,8 @@ class Monitor:
             return
         if self.metric not in self.validator.state.metrics:
             known = ", ".join(sorted(self.validator.state.metrics))
-            raise ValueError(
-                f"early_stopping::monitor is {self.metric!r}, the validation has: {known}"
+            raise ConfigurationError(
+                f"early_stopping::monitor is {self.metric!r}; expected one of {known}"
             )
         value = float(self.validator.state.metrics[self.metric])
         if math.isfinite(value) and (self.best is None or self.sign * (value - self.best) > 0):
@@ -80,17 +84,25 @@ class Monitor:
             _set_verdict(engine, new_best=True)
             return
         self.validations_without_best += 1
-        if self.early_stopping and self.validations_without_best >= self.patience:
+        if self.exhausted:
             logger.info(
                 "early stopping: %s has not improved on %.4f (epoch %d) in %d validations",
-                self.metric, self.best or math.nan, self.best_epoch, self.patience,
+                self.metric, math.nan if self.best is None else self.best, self.best_epoch,
+                self.validations_without_best,
             )  # fmt: skip
             engine.terminate()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.early_stopping and self.validations_without_best >= self.patience
 
     def countdown(self) -> str:
         """Return the state of early stopping in a few words, for the epoch summary."""
         if not self.early_stopping:
             return "early stopping off"
+        if self.exhausted:
+            return "early stopping now"
         left = self.patience - self.validations_without_best
         return f"early stopping in {left} validation{'s' if left != 1 else ''} without a new best"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from pipeline.data.atomic import write_json, write_yaml
+from pipeline.data.atomic import check_writable, write_json, write_yaml
 
 __all__ = ["RunFolder", "describe_environment", "run_directory"]
 
@@ -57,7 +57,8 @@ class RunFolder:
     """Write `config.yaml`, `environment.json` and `run.log` and open the log with what was found.
 
     List it first among `train::handlers`. The log is flushed line by line, so that it is whole up
-    to the moment a run was killed, and appended to when a run is resumed.
+    to the moment a run was killed, and appended to when a run is resumed. It has the package's
+    messages from INFO on, whatever the logging configuration shows on the screen.
 
     Args:
         output_dir: the run's folder, made where absent.
@@ -78,6 +79,7 @@ class RunFolder:
         self.device = device
         self.facts = tuple(facts)
         self._log: logging.FileHandler | None = None
+        self._level = logging.NOTSET
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer or an evaluator."""
@@ -87,10 +89,15 @@ class RunFolder:
 
     def open(self) -> None:
         """Write the two files and start the log."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.close()
+        check_writable(self.output_dir)
+        package = logging.getLogger("pipeline")
         self._log = logging.FileHandler(self.output_dir / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger("pipeline").addHandler(self._log)
+        self._level = package.level
+        if not package.isEnabledFor(logging.INFO):
+            package.setLevel(logging.INFO)
+        package.addHandler(self._log)
         for fact in self.facts:
             logger.info(fact)
         write_yaml(self.output_dir / "config.yaml", self.config)
@@ -99,13 +106,16 @@ class RunFolder:
     def close(self) -> None:
         """End the log."""
         if self._log is not None:
-            logging.getLogger("pipeline").removeHandler(self._log)
+            package = logging.getLogger("pipeline")
+            package.removeHandler(self._log)
+            package.setLevel(self._level)
             self._log.close()
             self._log = None
 
     def _close_after_error(self, engine: Engine, error: BaseException) -> None:
-        logger.error("stopped: %s", error)
-        self.close()
+        if self._log is not None:  # ignite tells of an error in an iteration twice
+            logger.error("stopped: %s", str(error) or type(error).__name__)
+            self.close()
         raise error
 
 

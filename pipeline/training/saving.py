@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.errors import CheckpointError, ConfigurationError
 from pipeline.training.checkpoints import (
@@ -20,6 +21,9 @@ from pipeline.training.checkpoints import (
 from pipeline.training.monitor import Monitor
 
 __all__ = ["CheckpointHandler"]
+
+# How long a schedule is, in the attributes of OneCycleLR, CosineAnnealingLR and PolynomialLR.
+_SCHEDULE_LENGTHS = ("total_steps", "_schedule_phases", "T_max", "total_iters")
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ class CheckpointHandler:
     - `best.pt`, at each new best of the monitored metric: the evaluated weights;
     - `swa.pt`, when training ends: the averaged weights, where there is an average.
 
+    The threshold in each of them is the one that the latest validation chose.
+
     Args:
         folder: where the files go.
         network: the network that is optimised.
@@ -43,7 +49,9 @@ class CheckpointHandler:
         monitor: tells a new best; its state is saved too.
         averaged: network with averaged weights; where given, it is what validation evaluates and
             what `best.pt` holds.
-        resume: `auto` continues where `last.pt` exists, True demands it, False starts anew.
+        resume: `auto` continues where `last.pt` exists, True demands it, False starts anew. Where
+            `last.pt` is damaged, `previous.pt` serves, with a warning. A run may go on with more
+            epochs than before: the learning rate then follows the longer schedule from there on.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class CheckpointHandler:
         self.definition = dict(definition)
         self.monitor = monitor
         self.resume = resume
+        self._threshold = 0.5
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer."""
@@ -77,32 +86,59 @@ class CheckpointHandler:
         path = self.folder / "last.pt"
         if self.resume is False or (self.resume == "auto" and not path.exists()):
             return
-        content = read_checkpoint(path)
-        check_definition(
-            content,
-            source=path,
-            settings={k: self.definition.get(k) for k in ("network_def", "preprocessing")},
-        )
-        load_weights(self.network, content, path)
-        saved = content["training_state"]
-        if missing := self.state.keys() - saved.keys():
-            raise CheckpointError(
-                f"{path}: has no state of {', '.join(sorted(missing))}; set resume to false"
-            )
-        for name, item in self.state.items():
-            item.load_state_dict(saved[name])
+        path, content = self._latest(path)
+        compared = ("architecture", "network_def", "preprocessing")
+        settings = {key: self.definition[key] for key in compared if key in self.definition}
+        try:
+            check_definition(content, source=path, settings=settings)
+            load_weights(self.network, content, path)
+            self._load_state(content, path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; to start anew, set resume to false") from error
         engine.state.epoch = content["epoch"]
         engine.state.iteration = content["iteration"]
-        logger.info("resuming %s after epoch %d", path, content["epoch"])
+        logger.info(
+            "resuming %s after epoch %d of %s", path, content["epoch"], engine.state.max_epochs
+        )
+        if self.monitor.exhausted:
+            logger.info("early stopping ended this run; raise early_stopping::patience to go on")
+            engine.terminate()
+
+    def _latest(self, path: Path) -> tuple[Path, dict[str, Any]]:
+        """Return `path` and its content, or those of `previous.pt` where `path` is damaged."""
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as error:
+            previous = path.with_name("previous.pt")
+            if not (path.exists() and previous.exists()):
+                raise
+            logger.warning("%s; going on from %s instead", error, previous)
+            return previous, read_checkpoint(previous)
+
+    def _load_state(self, content: Mapping[str, Any], path: Path) -> None:
+        saved = content.get("training_state", {})
+        if missing := self.state.keys() - saved.keys():
+            raise CheckpointError(f"{path}: has no state of {', '.join(sorted(missing))}")
+        for name, item in self.state.items():
+            try:
+                item.load_state_dict(_with_own_length(item, saved[name]))
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise CheckpointError(
+                    f"{path}: its state of {name} does not fit: {reason}"
+                ) from error
+        self._threshold = float(content.get("threshold", self._threshold))
 
     def save(self, engine: Engine) -> None:
-        """Write `last.pt`, and `best.pt` at a new best."""
+        """Write `best.pt` at a new best, and `last.pt`."""
         training_state = {name: item.state_dict() for name, item in self.state.items()}
         content = self._content(engine, self.network) | {"training_state": training_state}
-        write_checkpoint(self.folder / "last.pt", content, keep_as="previous.pt")
+        # The best one first: a run that is killed between the two repeats the epoch. The other way
+        # round, `last.pt` would know of a best epoch that was never saved.
         if getattr(engine.state, "new_best", False):
             evaluated = self.averaged if self.averaged is not None else self.network
             write_checkpoint(self.folder / "best.pt", self._content(engine, evaluated))
+        write_checkpoint(self.folder / "last.pt", content, keep_as="previous.pt")
 
     def save_average(self, engine: Engine) -> None:
         """Write `swa.pt`."""
@@ -113,11 +149,20 @@ class CheckpointHandler:
         metrics: dict[str, float] = {}
         if self.monitor.validated(engine):
             metrics = {k: float(v) for k, v in self.monitor.validator.state.metrics.items()}
+            self._threshold = metrics.get("threshold", self._threshold)
         return {
             **self.definition,
             "epoch": int(engine.state.epoch),
             "iteration": int(engine.state.iteration),
             "model": {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()},
             "metrics": metrics,
-            "threshold": metrics.get("threshold", 0.5),
+            "threshold": self._threshold,
         }
+
+
+def _with_own_length(item: Any, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the saved state, where `item` is a schedule with the length it was configured with."""
+    if not isinstance(item, LRScheduler):
+        return saved
+    own = vars(item)
+    return {**saved, **{key: own[key] for key in _SCHEDULE_LENGTHS if key in own}}

@@ -149,7 +149,7 @@ class TensorBoardHandler:
         if self._runs is None:
             return
         output = trainer.state.output
-        loss = float((output[0] if isinstance(output, list) else output)["loss"])
+        loss = float((output[0] if isinstance(output, list) else output)["loss"].detach())
         self._losses.append(loss)
         iterations = self._runs("iterations")
         iterations.add_scalar("train/loss_iteration", loss, trainer.state.iteration)

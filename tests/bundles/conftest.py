@@ -30,11 +30,12 @@ class Case:
     """What differs between bundles: how to make a run of seconds, and what it leaves.
 
     Args:
-        training: settings that make training take a second.
+        training: settings that make training take a second, two epochs long.
         frame: those of them that inference has too, since a checkpoint is used as it was trained.
         overlay: an overlay of another architecture, and settings that make it small.
-        make_dataset: writes a labelled data folder for training and returns it.
-        make_inputs: writes a folder of inputs, and returns their names in it.
+        make_dataset: writes a labelled data folder with two test images, and returns it.
+        training_inputs: where the training inputs are in it, as a glob pattern.
+        make_inputs: writes two inputs into a folder, and returns their names in it.
         spoil_input: makes one input file unreadable.
         results: suffixes of what inference writes for an input, after its stem.
         check_result: asserts that a result fits its input.
@@ -47,6 +48,7 @@ class Case:
     frame: Mapping[str, Any]
     overlay: tuple[str, Mapping[str, Any]]
     make_dataset: Callable[[Path], Path]
+    training_inputs: str
     make_inputs: Callable[[Path], list[str]]
     spoil_input: Callable[[Path], None]
     results: tuple[str, ...]
@@ -104,6 +106,7 @@ CASES = {
         frame={"fov_size_px": 128},
         overlay=("roinet", {"depths": [4, 4, 4, 4, 4, 4], "kernel_size": 3}),
         make_dataset=_fundus_dataset,
+        training_inputs="train/image/*.png",
         make_inputs=_fundus_inputs,
         spoil_input=_truncate,
         results=("_vessels.png",),
@@ -141,13 +144,19 @@ class Bundle:
         with unchanged_process():  # for the runs of session fixtures; see `_undisturbed`
             return run_bundle(self.root, workflow, overlays, **settings)
 
-    def workflow(self, workflow: str, overlays: tuple[str, ...] = (), **overrides: Any) -> Any:
-        """Return MONAI's own workflow with the small settings, as `monai.bundle run` makes it."""
+    def workflow(
+        self, workflow: str, overlays: tuple[str, ...] = (), frame: bool = True, **overrides: Any
+    ) -> Any:
+        """Return MONAI's own workflow, as `monai.bundle run` makes it, with the small settings.
+
+        Without `frame`, inputs are seen as the shipped weights see them.
+        """
         from monai.bundle import ConfigWorkflow
 
         files, settings = prepare_run(self.root, workflow, overlays)
         small = {} if workflow == "inference" else self.case.training
-        settings |= {"device": "cpu", "tune_allocator": False, **small, **self.case.frame}
+        settings |= {"device": "cpu", "tune_allocator": False, **small}
+        settings |= self.case.frame if frame else {}
         return ConfigWorkflow(
             config_file=[str(path) for path in files],
             workflow_type="infer" if workflow == "inference" else "train",
@@ -171,10 +180,9 @@ class Combination:
         """The merged text, a new copy each time."""
         return read_config(prepare_run(self.bundle.root, self.workflow, self.overlays)[0])
 
-    @property
-    def in_training(self) -> Combination:
-        """The same overlays in training."""
-        return Combination(self.bundle, "train", self.overlays)
+    def within(self, workflow: str) -> Combination:
+        """The same overlays in another workflow."""
+        return Combination(self.bundle, workflow, self.overlays)
 
     @property
     def plain(self) -> Combination:
@@ -187,6 +195,9 @@ def folders() -> list[Path]:
 
 
 def bundles() -> list[Bundle]:
+    missing = [folder.name for folder in folders() if folder.name not in CASES]
+    if missing:
+        raise pytest.UsageError(f"{__file__}: CASES has no entry for {', '.join(missing)}")
     return [Bundle(folder.name, folder, CASES[folder.name]) for folder in folders()]
 
 
@@ -208,7 +219,7 @@ def combinations() -> Iterator[Combination]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Spread a test over bundles, over merged configurations, or over configuration files."""
     if "combination" in metafunc.fixturenames:
-        metafunc.parametrize("combination", combinations(), ids=str)
+        metafunc.parametrize("combination", list(combinations()), ids=str)
     if "config_file" in metafunc.fixturenames:
         files = [path for folder in folders() for path in sorted(folder.glob("configs/*.yaml"))]
         ids = [f"{path.parents[1].name}-{path.stem}" for path in files]
