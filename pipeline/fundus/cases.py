@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.folds import split_samples
-from pipeline.data.images import read_image
 from pipeline.data.integrity import check_samples
 from pipeline.data.manifests import Manifest, find_samples, load_manifest
 from pipeline.data.samples import Sample
 from pipeline.errors import ConfigurationError, InputError, InputErrors
 from pipeline.fundus.phantom import write_phantom_dataset
-from pipeline.fundus.transforms import rgb_photograph
+from pipeline.fundus.transforms import LoadFundusd
 
 __all__ = ["Cases", "check_photograph", "inference_cases", "training_cases"]
 
@@ -99,15 +98,18 @@ def training_cases(
     return Cases(_listed(split.train), _listed(split.val), _listed(split.test), tuple(facts))
 
 
-def inference_cases(dataset_dir: str | None, manifest: str) -> list[dict[str, Any]]:
+def inference_cases(
+    dataset_dir: str | None, manifest: str, output_dir: str
+) -> list[dict[str, Any]]:
     """List the photographs to segment.
 
     Args:
         dataset_dir: a photograph, or a folder that `manifest` describes.
         manifest: name or path of the manifest; `images` takes every image below the folder.
+        output_dir: where results go: not below `dataset_dir`, where the next run would find them.
 
     Raises:
-        ConfigurationError: dataset_dir is not set.
+        ConfigurationError: dataset_dir is not set, or holds output_dir.
         InputError: there is no photograph.
     """
     if dataset_dir is None:
@@ -117,14 +119,19 @@ def inference_cases(dataset_dir: str | None, manifest: str) -> list[dict[str, An
     source = Path(dataset_dir)
     if source.is_file():
         return [{"image": str(source), "label": None, "fov": None, "name": source.name}]
+    if Path(output_dir).resolve().is_relative_to(source.resolve()):
+        raise ConfigurationError(
+            f"output_dir {output_dir} lies in dataset_dir {dataset_dir}: the next run would take "
+            "results for photographs; choose a folder outside"
+        )
     samples = find_samples(load_manifest(manifest), source)
     return [{**case, "label": None} for case in _listed(samples)]
 
 
-def check_photograph(case: Mapping[str, Any]) -> str:
-    """Return in one line why a case's photograph cannot be segmented, or nothing."""
+def check_photograph(case: Mapping[Hashable, Any]) -> str:
+    """Return in one line why a case's photograph or FOV cannot be used, or nothing."""
     try:
-        rgb_photograph(read_image(Path(case["image"])), case["image"])
+        LoadFundusd()(case)
     except InputError as error:
         return str(error)
     return ""

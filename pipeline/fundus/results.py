@@ -132,15 +132,20 @@ class ResultWriter:
             fov = np.asarray(item["native_fov"].cpu())[0] > 0
             mask = (probability >= self.threshold) & fov
             name = str(item["name"])
-            write_png(self.batch.path(name, "_vessels.png"), mask.astype(np.uint8) * 255)
+            pictures = {
+                self.batch.path(name, "_vessels.png"): mask.astype(np.uint8) * 255,
+                _below(self.batch.output_dir / "pictures", name): overlay(
+                    shown_photograph(item["image_path"]), mask
+                ),
+            }
             if self.save_probability:
                 levels = (probability * 65535).round().astype(np.uint16)
-                write_png(self.batch.path(name, "_probability.png"), levels)
-            picture = overlay(shown_photograph(item["image_path"]), mask)
-            write_png(_below(self.batch.output_dir / "pictures", name), picture)
+                pictures[self.batch.path(name, "_probability.png")] = levels
+            for path, picture in pictures.items():
+                write_png(path, picture)
             row = {**vessel_calibre(mask, fov), "fov": item["fov_source"]}
             details = {"shape": list(mask.shape), "threshold": self.threshold}
-            self.batch.record(name, row, details)
+            self.batch.record(name, list(pictures), row, details)
 
 
 def shown_photograph(source: str | Path) -> NDArray[np.uint8]:

@@ -87,16 +87,25 @@ class BatchRun:
         """Return where a result of the input `name` goes: its folders and stem, and `suffix`."""
         return result_path(name, ".", self.output_dir, suffix)
 
-    def record(self, name: str, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    def record(
+        self,
+        name: str,
+        results: Sequence[Path],
+        row: Mapping[str, Any],
+        details: Mapping[str, Any],
+    ) -> None:
         """Note that the results of `name` are written: call it after the last of its files.
 
         Args:
             name: the input's name.
+            results: the files written for it; a later run computes them again where one is gone.
             row: its line in `per_image.csv`.
             details: what else its sidecar should say, such as shape and threshold.
         """
         row = {"image": name, **row}
-        sidecar = {**self._origins[name], "settings": self.settings, **details, "row": row}
+        written = [path.relative_to(self.output_dir).as_posix() for path in results]
+        sidecar = {**self._origins[name], "settings": self.settings, **details}
+        sidecar |= {"results": written, "row": row}
         write_json(self.path(name, ".json"), sidecar)
         self.rows.append(row)
 
@@ -185,7 +194,8 @@ class BatchRun:
         if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
             return None
         same = all(found.get(k) == v for k, v in origin.items() if k != "input")
-        return dict(found["row"]) if same else None
+        there = all((self.output_dir / str(name)).is_file() for name in found.get("results", ()))
+        return dict(found["row"]) if same and there else None
 
     def _write_tables(self, code: int) -> None:
         ended = datetime.datetime.now(datetime.UTC)

@@ -29,7 +29,6 @@ class BatchMetrics:
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, a MONAI SupervisedTrainer of one logit per pixel."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
 
@@ -54,6 +53,17 @@ class BatchMetrics:
         engine.state.metrics["train_loss"] = self.loss_sum / max(self.batches, 1)
         engine.state.metrics["train_dice"] = 2 * both / max(predicted + truth, 1)
         engine.state.metrics["train_iou"] = both / max(predicted + truth - both, 1)
+        self._reset()  # not when an epoch starts: a resumed run may start in its middle
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums over the present epoch's batches so far."""
+        sums = self.counts.tolist()
+        return {"loss_sum": self.loss_sum, "batches": self.batches, "counts": sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.loss_sum, self.batches = state["loss_sum"], state["batches"]
+        self.counts = torch.tensor(state["counts"], dtype=torch.float64)
 
 
 class ValidationLoss:

@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from torch.optim import Optimizer
 
 from pipeline.data.atomic import write_yaml
+from pipeline.training.epoch_metrics import BatchMetrics
 from pipeline.training.monitor import Monitor
 
 __all__ = ["History", "read_history"]
@@ -41,17 +42,28 @@ class History:
         monitor: tells the new best and the validator; attached here, since MONAI's property check
             takes no reference as an item of a handler list.
         optimizer: whose first group's learning rate is recorded.
+        batch_metrics: puts the epoch's training figures into the trainer's metrics; attached here
+            like the monitor. None where something else does.
     """
 
-    def __init__(self, path: str, monitor: Monitor, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        path: str,
+        monitor: Monitor,
+        optimizer: Optimizer,
+        batch_metrics: BatchMetrics | None = None,
+    ) -> None:
         self.path = Path(path)
         self.monitor = monitor
         self.optimizer = optimizer
+        self.batch_metrics = batch_metrics
         self.epochs: list[dict[str, Any]] = []
         self._epoch_started_s = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer."""
+        if self.batch_metrics is not None:
+            self.batch_metrics.attach(engine)
         self.monitor.attach(engine)
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.record)

@@ -17,7 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["KeyedDataset", "OrderedBatches", "StepSeeds", "derived_seed"]
+__all__ = ["DataOrder", "KeyedDataset", "OrderedBatches", "derived_seed"]
 
 Key = tuple[int, int]
 
@@ -71,8 +71,8 @@ class KeyedDataset(Dataset[Any]):
 class OrderedBatches(Sampler[list[Key]]):
     """Batches of `(epoch, index)` keys in an order that follows from seed and epoch.
 
-    Give it to a DataLoader as `batch_sampler`, over a `KeyedDataset`, and list it among
-    `train::handlers`, so that it learns the epoch and, in a resumed run, what to leave out.
+    Give it to a DataLoader as `batch_sampler`, over a `KeyedDataset`; a `DataOrder` among the
+    trainer's handlers tells it the epoch and, in a resumed run, what to leave out.
 
     Args:
         dataset: its length is the number of items.
@@ -99,14 +99,10 @@ class OrderedBatches(Sampler[list[Key]]):
         self.epoch = 0
         self.skip = 0
 
-    def attach(self, engine: Engine) -> None:
-        """Follow `engine`, the trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
-
-    def _start_epoch(self, engine: Engine) -> None:
-        self.epoch = engine.state.epoch
-        # Only the first epoch of a resumed run begins in the middle.
-        self.skip = engine.state.iteration - (self.epoch - 1) * len(self)
+    def begin(self, epoch: int, skip: int = 0) -> None:
+        """Make the next iteration over the batches that of `epoch`, without its first `skip`."""
+        self.epoch = epoch
+        self.skip = skip
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; the last may be smaller."""
@@ -125,19 +121,30 @@ class OrderedBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in mine]
 
 
-class StepSeeds:
-    """Seed torch before every training step, for dropout and whatever else draws in the network.
+class DataOrder:
+    """Tell the batches which epoch begins, and seed torch before every step.
+
+    List it among `train::handlers`. The seed of a step is for dropout and whatever else draws
+    inside the network.
 
     Args:
+        batches: the loader's batch sampler.
         seed: the run's seed.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, batches: OrderedBatches, seed: int) -> None:
+        self.batches = batches
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer."""
-        engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin_step)
 
-    def _seed(self, engine: Engine) -> None:
+    def _begin_epoch(self, engine: Engine) -> None:
+        before = (engine.state.epoch - 1) * len(self.batches)
+        # Not 0 only in a resumed run, whose first epoch may begin in the middle.
+        self.batches.begin(engine.state.epoch, skip=engine.state.iteration - before)
+
+    def _begin_step(self, engine: Engine) -> None:
         torch.manual_seed(derived_seed(self.seed, engine.state.iteration, "step"))

@@ -34,7 +34,8 @@ class CheckpointHandler:
     List it among `train::handlers` after the History, which brings the monitor. Files under
     `folder`:
 
-    - `last.pt`, after every epoch, with the full training state; the one before is `previous.pt`;
+    - `last.pt`, after every epoch and every few iterations, with the full training state; the one
+    before is `previous.pt`;
     - `best.pt`, at each new best of the monitored metric: the evaluated weights;
     - `swa.pt`, when training ends: the averaged weights, where there is an average.
 
@@ -52,6 +53,8 @@ class CheckpointHandler:
         resume: `auto` continues where `last.pt` exists, True demands it, False starts anew. Where
             `last.pt` is damaged, `previous.pt` serves, with a warning. A run may go on with more
             epochs than before: the learning rate then follows the longer schedule from there on.
+        every: iterations between two savings of `last.pt` inside an epoch; None saves at its end.
+        accumulation_steps: iterations per update of the weights; only whole groups are saved.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class CheckpointHandler:
         monitor: Monitor,
         averaged: nn.Module | None = None,
         resume: bool | Literal["auto"] = "auto",
+        every: int | None = None,
+        accumulation_steps: int = 1,
     ) -> None:
         if resume not in (True, False, "auto"):
             raise ConfigurationError(f"resume is {resume!r}; expected true, false or auto")
@@ -73,11 +78,14 @@ class CheckpointHandler:
         self.definition = dict(definition)
         self.monitor = monitor
         self.resume = resume
+        self.every = every
+        self.accumulation_steps = accumulation_steps
         self._threshold = 0.5
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer."""
         engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_within_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.save_average)
 
@@ -98,8 +106,9 @@ class CheckpointHandler:
         engine.state.epoch = content["epoch"]
         engine.state.iteration = content["iteration"]
         logger.info(
-            "resuming %s after epoch %d of %s", path, content["epoch"], engine.state.max_epochs
-        )
+            "resuming %s after epoch %d of %s, iteration %d",
+            path, content["epoch"], engine.state.max_epochs, content["iteration"],
+        )  # fmt: skip
         if self.monitor.exhausted:
             logger.info("early stopping ended this run; raise early_stopping::patience to go on")
             engine.terminate()
@@ -129,15 +138,30 @@ class CheckpointHandler:
                 ) from error
         self._threshold = float(content.get("threshold", self._threshold))
 
+    def _save_within_epoch(self, engine: Engine) -> None:
+        length = engine.state.epoch_length or 0
+        within = engine.state.iteration - (engine.state.epoch - 1) * length
+        # An epoch's last iteration is saved with its end; a group of accumulated gradients is whole
+        # or not begun, since gradients are not part of a checkpoint.
+        if not self.every or within == length or within % self.accumulation_steps:
+            return
+        if within // self.every > (within - self.accumulation_steps) // self.every:
+            self._save_last(engine, epochs=engine.state.epoch - 1)
+
     def save(self, engine: Engine) -> None:
         """Write `best.pt` at a new best, and `last.pt`."""
-        training_state = {name: item.state_dict() for name, item in self.state.items()}
-        content = self._content(engine, self.network) | {"training_state": training_state}
         # The best one first: a run that is killed between the two repeats the epoch. The other way
         # round, `last.pt` would know of a best epoch that was never saved.
         if getattr(engine.state, "new_best", False):
             evaluated = self.averaged if self.averaged is not None else self.network
             write_checkpoint(self.folder / "best.pt", self._content(engine, evaluated))
+        self._save_last(engine, epochs=engine.state.epoch)
+
+    def _save_last(self, engine: Engine, epochs: int) -> None:
+        """Write `last.pt`, of a run that has completed `epochs` epochs."""
+        training_state = {name: item.state_dict() for name, item in self.state.items()}
+        content = self._content(engine, self.network)
+        content |= {"epoch": int(epochs), "training_state": training_state}
         write_checkpoint(self.folder / "last.pt", content, keep_as="previous.pt")
 
     def save_average(self, engine: Engine) -> None:

@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
@@ -149,7 +150,8 @@ class TensorBoardHandler:
         if self._runs is None:
             return
         output = trainer.state.output
-        loss = float((output[0] if isinstance(output, list) else output)["loss"].detach())
+        first = output[0] if isinstance(output, list) else output
+        loss = float(torch.as_tensor(first["loss"]).detach())
         self._losses.append(loss)
         iterations = self._runs("iterations")
         iterations.add_scalar("train/loss_iteration", loss, trainer.state.iteration)

@@ -81,7 +81,8 @@ class Folder:
             if name == self.fail_on:
                 raise self.error
             write_bytes(batch.path(name, "_vessels.png"), b"picture")
-            batch.record(name, {"vessel_density": 0.25}, {"shape": [2, 2]})
+            result = batch.path(name, "_vessels.png")
+            batch.record(name, [result], {"vessel_density": 0.25}, {"shape": [2, 2]})
             self.computed.append(name)
 
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, write)
@@ -116,6 +117,12 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
+
+
+def test_a_result_whose_file_is_gone_is_computed_again(folder: Folder) -> None:
+    folder.run()
+    next(folder.output.glob("**/*_vessels.png")).unlink()
+    assert len(folder.run()) == 1
 
 
 def test_results_keep_the_folders_of_their_inputs(folder: Folder) -> None:
@@ -334,7 +341,7 @@ def test_half_a_sidecar_never_has_the_final_name(
     batch = folder.batch()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(ResourceError, match=r"a\.json: cannot be written"):
-        batch.record("a.png", {}, {})
+        batch.record("a.png", [], {}, {})
     assert not (folder.output / "a.json").exists()
 
 
