@@ -92,7 +92,7 @@ def training_cases(
     described = load_manifest(manifest)
     samples = find_samples(described, Path(dataset_dir))
     if check and (problems := check_samples(samples, described)):
-        raise InputErrors(problems, f"problems in {dataset_dir}")
+        raise InputErrors(problems, f"found wrong in {dataset_dir}")
     split = split_samples(samples, described, fold, seed)
     facts.append(_found(described, dataset_dir, fold, split.train, split.val, split.test))
     return Cases(_listed(split.train), _listed(split.val), _listed(split.test), tuple(facts))
