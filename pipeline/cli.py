@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.arguments import ERROR_FILE, PROGRAM, parser, split_overrides
 from pipeline.errors import (
     ConfigurationError,
     InputError,
@@ -31,15 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-PROGRAM = "python -m pipeline"
-BUNDLE_VERBS = ("train", "predict", "evaluate")
-_DESCRIPTION = "Lamina: train and use bundles for thin things in images."
-_SETTINGS = (
-    "Any setting of the bundle's configuration follows as --ID VALUE, nested ids with ::, such as "
-    "--learning_rate 1e-3 or --early_stopping::patience 5. A name the bundle does not have is "
-    "refused. The settings stand at the head of bundles/BUNDLE/configs/*.yaml."
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; 2 also where argparse itself refuses.
@@ -50,12 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("LAMINA_DEBUG", "") not in {"", "0"}
     try:
-        overrides: dict[str, Any] = {}
-        if arguments and arguments[0] in BUNDLE_VERBS:
-            arguments, overrides = _split_overrides(arguments)
-        options = _parser().parse_args(arguments)
-        verb: Callable[[argparse.Namespace, dict[str, Any]], int] = options.action
-        return verb(options, overrides)
+        arguments, overrides = split_overrides(arguments)
+        options = parser().parse_args(arguments)
+        return _ACTIONS[options.verb](options, overrides)
     except KeyboardInterrupt as error:
         _complain("interrupted")
         return exit_code(error)
@@ -81,118 +71,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the arguments without `--ID VALUE` pairs, and these; a lone `--ID` is true."""
-    from pipeline.configs import parse_value
-
-    own = {"--help", "--debug", "--input", "--output"}
-    kept: list[str] = []
-    overrides: dict[str, Any] = {}
-    rest = iter(range(len(arguments)))
-    for index in rest:
-        word = arguments[index]
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or f"--{key}" in own:
-            kept.append(word)
-            continue
-        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
-        if key in overrides or not key:
-            raise ConfigurationError(f"{word}: given twice or without a name; give --ID VALUE once")
-        if equals:
-            overrides[key] = parse_value(text)
-        elif following.startswith("--") or following in {"-i", "-o", "-h"}:
-            overrides[key] = True
-        else:
-            overrides[key] = parse_value(following)
-            next(rest)
-    return kept, overrides
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        epilog=f"example: {PROGRAM} predict fundus_vessels -i photos -o results",
-    )
-    verbs = parser.add_subparsers(title="commands", metavar="VERB", required=True)
-
-    def add(
-        group: Any, name: str, action: Callable[..., int], text: str, example: str, more: str = ""
-    ) -> argparse.ArgumentParser:
-        child: argparse.ArgumentParser = group.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}. {more}",
-            epilog=f"example: {PROGRAM} {example}",
-        )
-        child.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        child.set_defaults(action=action)
-        return child
-
-    doctor = add(
-        verbs, "doctor", _doctor, "show versions, devices, memory and what is missing", "doctor"
-    )
-    doctor.add_argument("--json", action="store_true", help="for a program")
-    train = add(
-        verbs, "train", partial(_run, workflow="train"), "train a bundle",
-        "train fundus_vessels quick --dataset_dir DRIVE --manifest drive", _SETTINGS,
-    )  # fmt: skip
-    predict = add(
-        verbs, "predict", _predict, "apply a bundle to an image or a folder",
-        "predict fundus_vessels -i photos -o results --ckpt_path best.pt", _SETTINGS,
-    )  # fmt: skip
-    predict.add_argument("-i", "--input", required=True, help="an image, or a folder of images")
-    predict.add_argument("-o", "--output", required=True, help="folder for the results")
-    evaluate = add(
-        verbs, "evaluate", partial(_run, workflow="evaluate"), "score a checkpoint against labels",
-        "evaluate fundus_vessels --dataset_dir STARE --manifest stare --ckpt_path best.pt",
-        _SETTINGS,
-    )  # fmt: skip
-    for child in (train, predict, evaluate):
-        child.add_argument("bundle", metavar="BUNDLE", help="a bundle's name or folder")
-        child.add_argument("overlays", nargs="*", metavar="OVERLAY", help="files of its configs/")
-    data = add(
-        verbs, "data", _no_verb, "describe, check and look at data", "data check drive DRIVE"
-    )
-    _add_data_verbs(data.add_subparsers(title="commands", metavar="VERB", required=True), add)
-    return parser
-
-
-def _add_data_verbs(data: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
-    add(data, "list", _data_list, "list the manifests", "data list")
-    init = add(
-        data, "init", _data_init, "guess a manifest from a folder", "data init mine -o mine.yaml"
-    )
-    init.add_argument("-o", "--output", help="file to write; printed if absent")
-    preview = add(
-        data, "preview", _data_preview, "draw images, labels and what training makes of them",
-        "data preview drive DRIVE -o sheet.png --bundle fundus_vessels",
-    )  # fmt: skip
-    preview.add_argument("--bundle", help="whose training transforms to show")
-    preview.add_argument("--cases", type=int, default=4, help="rows (default 4)")
-    preview.add_argument("--variants", type=int, default=3, help="augmented per row (default 3)")
-    check = add(
-        data, "check", _data_check, "name every problem of a folder", "data check drive DRIVE"
-    )
-    check.add_argument("--json", action="store_true", help="for a program")
-    freeze = add(
-        data, "freeze", _data_freeze, "write every file with its checksum, split and fold",
-        "data freeze drive DRIVE -o drive_frozen.yaml",
-    )  # fmt: skip
-    freeze.add_argument("--folds", type=int, default=5, help="number of folds (default 5)")
-    freeze.add_argument("--seed", type=int, help="of the folds (default: the manifest's)")
-    sample = add(
-        data, "sample", _data_sample, "write a real example image", "data sample fundus -o photos"
-    )
-    sample.add_argument("name", choices=["fundus"], help="what the image shows")
-    for child in (preview, check, freeze):
-        child.add_argument("manifest", metavar="MANIFEST", help="a name of `data list`, or a file")
-    for child in (init, preview, check, freeze):
-        child.add_argument("folder", metavar="FOLDER", type=Path, help="where the data are")
-    for child in (preview, freeze, sample):
-        child.add_argument("-o", "--output", required=True, type=Path, help="where to write")
-
-
 def _doctor(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pipeline.bundles import bundle_status
     from pipeline.hardware.environment import environment_report, environment_text
@@ -208,6 +86,29 @@ def _doctor(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    if overrides.get("fold") == "all":
+        return _train_folds(options, overrides)
+    if options.continue_on_error:
+        raise ConfigurationError("--continue-on-error is about several folds: add --fold all")
+    return _run(options, overrides, "train")
+
+
+def _train_folds(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from pipeline.crossvalidation import cross_validate, plan_folds
+    from pipeline.report.folds import folds_text
+
+    plan = plan_folds(options.bundle, options.overlays, overrides)
+    outcome = cross_validate(
+        plan, continue_on_error=options.continue_on_error, debug=options.debug, say=_say
+    )
+    _say(folds_text(outcome.summary))
+    _say(f"summary: {outcome.path}")
+    if outcome.error:
+        _complain(outcome.error)
+    return outcome.exit_code
+
+
 def _predict(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     for id, value in (("dataset_dir", options.input), ("output_dir", options.output)):
         if id in overrides:
@@ -221,6 +122,8 @@ def _predict(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workflow) -> int:
     from pipeline.bundles import prepare_run, run_bundle
 
+    if overrides.get("fold") == "all":
+        raise ConfigurationError("--fold all is for train; evaluate one fold at a time")
     prepare_run(options.bundle, workflow, options.overlays, overrides)  # typos, before torch loads
     started_s = time.time()
     try:
@@ -242,6 +145,15 @@ def _show_results(folder: Path, started_s: float) -> None:
         if pictures:
             _say(f"pictures: {report.parent / 'pictures'} ({len(pictures)}), first {pictures[0]}")
         _say(f"report: {report}")
+
+
+def _compare(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from pipeline.data.atomic import to_plain
+    from pipeline.report.comparison import compare_runs, comparison_text
+
+    found = compare_runs(options.runs, options.metric or (), seed=options.seed)
+    _say(json.dumps(to_plain(found), indent=2) if options.json else comparison_text(found))
+    return 0
 
 
 def _data_list(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -338,7 +250,27 @@ def _no_verb(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()  # before what another process writes to the same terminal or file
 
 
 def _complain(text: str) -> None:
     sys.stderr.write(f"error: {text}\n")
+    if ERROR_FILE in os.environ:  # for the process that started this one
+        with suppress(OSError):
+            Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], int]] = {
+    "doctor": _doctor,
+    "train": _train,
+    "predict": _predict,
+    "evaluate": partial(_run, workflow="evaluate"),
+    "compare": _compare,
+    "data": _no_verb,
+    "data list": _data_list,
+    "data init": _data_init,
+    "data preview": _data_preview,
+    "data check": _data_check,
+    "data freeze": _data_freeze,
+    "data sample": _data_sample,
+}

@@ -36,6 +36,7 @@ def preview_rows(
             row["label"] = _labelled(image, read_image(sample.label))
         if transform is not None:
             paths = {role: str(path) for role, path in sample.roles.items()}
+            paths["name"] = sample.relative.as_posix()
             for index in range(variants):
                 row[f"variant {index + 1}"] = _variant(transform(dict(paths)))
         rows.append(row)

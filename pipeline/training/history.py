@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 from pipeline.data.atomic import write_yaml
 from pipeline.training.epoch_metrics import BatchMetrics
 from pipeline.training.monitor import Monitor
+from pipeline.training.processes import from_writer, is_writer
+from pipeline.training.throughput import SPEED_PREFIX
 
 __all__ = ["History", "read_history"]
 
@@ -34,8 +37,10 @@ class History:
 
     List it among `train::handlers` after the ValidationHandler and before whatever reads
     `trainer.state.new_best`: it brings the monitor with it. An epoch's entry has `epoch`, `train`
-    (`loss`, ...), `learning_rate`, `seconds`, `new_best`, and `val` where the epoch was validated:
-    `val_loss`, `val_dice`, ... A resumed run keeps the entries of the epochs before it.
+    (`loss`, ...), `learning_rate`, `seconds`, `new_best`, `speed` where a `Throughput` is listed
+    before, and `val` where the epoch was validated: `val_loss`, `val_dice`, ... A resumed run keeps
+    the entries of the epochs before it. Of several processes the first one writes, and the others
+    get its metrics, which are those of its share.
 
     Args:
         path: the YAML file, written whole after every epoch.
@@ -75,15 +80,26 @@ class History:
 
     def record(self, engine: Engine) -> None:
         """Append the present epoch, write the file and log the summary."""
+        engine.state.metrics.update(from_writer(lambda: _numbers(engine.state.metrics)))
+        if not is_writer():
+            return
         entry: dict[str, Any] = {
             "epoch": int(engine.state.epoch),
             "train": {
-                k.removeprefix("train_"): _rounded(v) for k, v in engine.state.metrics.items()
+                key.removeprefix("train_"): _rounded(value)
+                for key, value in engine.state.metrics.items()
+                if not key.startswith(SPEED_PREFIX)
             },
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": round(time.monotonic() - self._epoch_started_s, 3),
             "new_best": bool(getattr(engine.state, "new_best", False)),
         }
+        if speed := {
+            key.removeprefix(SPEED_PREFIX): _rounded(value)
+            for key, value in engine.state.metrics.items()
+            if key.startswith(SPEED_PREFIX)
+        }:
+            entry["speed"] = speed
         if self.monitor.validated(engine):
             metrics = self.monitor.validator.state.metrics
             entry["val"] = {key: _rounded(value) for key, value in metrics.items()}
@@ -102,6 +118,8 @@ class History:
             parts += ["new best" if entry["new_best"] else self._best()]
             parts += [self.monitor.countdown()]
         parts += [f"lr {entry['learning_rate']:.2e}", f"{entry['seconds']:.1f} s"]
+        if "speed" in entry:
+            parts += [_speed(entry["speed"])]
         return " | ".join(parts)
 
     def _best(self) -> str:
@@ -112,6 +130,19 @@ class History:
 
 def _figures(title: str, metrics: dict[str, float]) -> str:
     return f"{title} " + " ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+
+
+def _speed(figures: Mapping[str, float]) -> str:
+    texts = {
+        "iterations_per_second": "{:.1f} it/s",
+        "loader_share": "loader {:.0%}",
+        "peak_memory_mb": "peak {:.0f} MB",
+    }
+    return " ".join(text.format(figures[key]) for key, text in texts.items() if key in figures)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def _rounded(value: Any) -> float:

@@ -58,14 +58,23 @@ class KeyedDataset(Dataset[Any]):
 
     def __getitem__(self, key: Key | int) -> Any:
         """Return item `index` as `epoch` draws it; an index alone means epoch 0."""
-        epoch, index = (0, key) if isinstance(key, int) else key
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         drawn = derived_seed(self.seed, epoch, index, "item")
         self.transform.set_random_state(seed=drawn)
         # Transforms that use a global generator against MONAI's advice are covered too.
         random.seed(drawn)
         np.random.seed(drawn)  # noqa: NPY002 - seeding the global generator is the point
-        torch.manual_seed(drawn)
+        _seed_torch(drawn)
         return self.dataset[index]
+
+
+def _seed_torch(seed: int) -> None:
+    """Do what `torch.manual_seed` does, without the half millisecond it takes for absent GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 class OrderedBatches(Sampler[list[Key]]):
@@ -81,7 +90,8 @@ class OrderedBatches(Sampler[list[Key]]):
         rank: number of this process.
         processes: how many processes share an epoch. Each takes every `processes`-th item of a
             batch of `batch_size * processes`, so that together they see what one process with
-            the larger batch sees.
+            the larger batch sees. A process for which an epoch's last batch has no item left gets
+            its first item, which `TrainingStep` does not count.
     """
 
     def __init__(
@@ -89,6 +99,8 @@ class OrderedBatches(Sampler[list[Key]]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if not 0 <= rank < processes:
+            raise ValueError(f"rank must be in [0, {processes}), got {rank!r}")
         if len(dataset) < processes:
             raise ValueError(f"{len(dataset)} items are too few for {processes} processes")
         self.items = len(dataset)
@@ -112,12 +124,10 @@ class OrderedBatches(Sampler[list[Key]]):
         """Yield the batches of the present epoch that are still to come."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
         order: list[int] = torch.randperm(self.items, generator=generator).tolist()
-        # Every process must have an item in every batch: the last ones are filled up from the
-        # first.
-        order += order[: -self.items % self.processes]
         step = self.batch_size * self.processes
         for start in range(self.skip * step, len(order), step):
-            mine = order[start : start + step][self.rank :: self.processes]
+            batch = order[start : start + step]
+            mine = batch[self.rank :: self.processes] or batch[:1]
             yield [(self.epoch, index) for index in mine]
 
 
@@ -125,7 +135,7 @@ class DataOrder:
     """Tell the batches which epoch begins, and seed torch before every step.
 
     List it among `train::handlers`. The seed of a step is for dropout and whatever else draws
-    inside the network.
+    inside the network; each process has its own.
 
     Args:
         batches: the loader's batch sampler.
@@ -147,4 +157,6 @@ class DataOrder:
         self.batches.begin(engine.state.epoch, skip=engine.state.iteration - before)
 
     def _begin_step(self, engine: Engine) -> None:
-        torch.manual_seed(derived_seed(self.seed, engine.state.iteration, "step"))
+        rank = self.batches.rank
+        own = (rank,) if rank else ()
+        _seed_torch(derived_seed(self.seed, engine.state.iteration, "step", *own))

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from pipeline.data.atomic import check_writable, write_json, write_yaml
+from pipeline.data.atomic import write_json, write_yaml
+from pipeline.errors import Interrupted, Preempted
+from pipeline.training.interruption import explained
+from pipeline.training.processes import is_writer
+from pipeline.training.run_lock import RunLock
 
 __all__ = ["RunFolder", "describe_environment", "run_directory"]
 
@@ -56,9 +60,10 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
 class RunFolder:
     """Write `config.yaml`, `environment.json` and `run.log` and open the log with what was found.
 
-    List it first among `train::handlers`. The log is flushed line by line, so that it is whole up
-    to the moment a run was killed, and appended to when a run is resumed. It has the package's
-    messages from INFO on, whatever the logging configuration shows on the screen.
+    List it first among `train::handlers`: until the run ends, a second one in this folder is
+    refused. The log is flushed line by line, so that it is whole up to the moment a run was killed,
+    and appended to when a run is resumed. It has the package's messages from INFO on, whatever the
+    logging configuration shows on the screen. Of several processes the first alone writes.
 
     Args:
         output_dir: the run's folder, made where absent.
@@ -78,19 +83,29 @@ class RunFolder:
         self.config = dict(config)
         self.device = device
         self.facts = tuple(facts)
+        self._lock = RunLock(self.output_dir)
         self._log: logging.FileHandler | None = None
         self._level = logging.NOTSET
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer or an evaluator."""
         engine.add_event_handler(Events.STARTED, self.open)
-        engine.add_event_handler(Events.COMPLETED, self.close)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_after_error)
 
-    def open(self) -> None:
-        """Write the two files and start the log."""
+    def open(self, engine: Engine) -> None:
+        """Lock the folder, write the two files and start the log.
+
+        Raises:
+            ConfigurationError: another run is at work in the folder.
+            ResourceError: the folder cannot be written.
+        """
+        # Added now, behind all others: what they do when the run ends is part of it.
+        if not engine.has_event_handler(self.close, Events.COMPLETED):
+            engine.add_event_handler(Events.COMPLETED, self.close)
         self.close()
-        check_writable(self.output_dir)
+        if not is_writer():
+            return
+        self._lock.acquire()
         package = logging.getLogger("pipeline")
         self._log = logging.FileHandler(self.output_dir / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -104,19 +119,30 @@ class RunFolder:
         write_json(self.output_dir / "environment.json", describe_environment(self.device))
 
     def close(self) -> None:
-        """End the log."""
+        """End the log and give the folder free."""
         if self._log is not None:
             package = logging.getLogger("pipeline")
             package.removeHandler(self._log)
             package.setLevel(self._level)
             self._log.close()
             self._log = None
+        self._lock.release()
 
     def _close_after_error(self, engine: Engine, error: BaseException) -> None:
+        # Whoever raises cuts off the listeners behind, and somebody has to: ignite takes an error
+        # for dealt with once anyone listens. So this is the place for what must not be left out.
+        interruption = getattr(engine.state, "interruption", None)
+        told = explained(error, interruption)
+        if interruption is not None:
+            interruption.end()
         if self._log is not None:  # ignite tells of an error in an iteration twice
-            logger.error("stopped: %s", str(error) or type(error).__name__)
-            self.close()
-        raise error
+            asked = isinstance(told, Interrupted | Preempted)
+            level = logging.WARNING if asked else logging.ERROR
+            logger.log(level, "stopped: %s", str(told) or type(told).__name__)
+        self.close()
+        if told is error:
+            raise error
+        raise told from error
 
 
 def run_directory(bundle: str, name: str, fold: int | None = None) -> str:

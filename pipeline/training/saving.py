@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeline.data.atomic import check_free_bytes
 from pipeline.errors import CheckpointError, ConfigurationError
 from pipeline.training.checkpoints import (
     check_definition,
@@ -18,7 +19,9 @@ from pipeline.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from pipeline.training.interruption import Interruption
 from pipeline.training.monitor import Monitor
+from pipeline.training.processes import is_writer
 
 __all__ = ["CheckpointHandler"]
 
@@ -40,6 +43,13 @@ class CheckpointHandler:
     - `swa.pt`, when training ends: the averaged weights, where there is an average.
 
     The threshold in each of them is the one that the latest validation chose.
+
+    SIGTERM and Ctrl-C are held back: the state is saved at the end of the step, or of the group of
+    steps whose gradients are accumulated, and the run stops with `Preempted` or `Interrupted`. One
+    that comes while an epoch is validated is honoured after that.
+
+    Whether the files fit on the disk is asked before training starts and before each is written. Of
+    several processes the first alone writes.
 
     Args:
         folder: where the files go.
@@ -81,13 +91,53 @@ class CheckpointHandler:
         self.every = every
         self.accumulation_steps = accumulation_steps
         self._threshold = 0.5
+        self._interruption = Interruption()
+        self._stop_at: int | None = None  # the iteration whose state was saved in order to stop
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the trainer."""
+        engine.add_event_handler(Events.STARTED, self._check_space)
         engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_within_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.save_average)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._end_after_error)
+
+    def _check_space(self) -> None:
+        """Refuse to start where the checkpoints would not fit beside each other."""
+        if not is_writer():
+            return
+        model = _tensor_bytes(self.network.state_dict())
+        states = _tensor_bytes([item.state_dict() for item in self.state.values()])
+        last = model + states + 2 * model  # two moments, which an optimizer has from its first step
+        # last.pt, previous.pt and the one being written; best.pt and swa.pt
+        wanted = 3 * last + 2 * model
+        there = sum(path.stat().st_size for path in self.folder.glob("*.pt"))
+        check_free_bytes(self.folder, max(wanted - there, last))
+
+    def _listen(self, engine: Engine) -> None:
+        """Hold signals back from now on, and stop after whatever else a step or epoch does."""
+        state: Any = engine.state  # for a listener before ours that ends a failed run
+        state.interruption = self._interruption
+        # Added now, behind all others.
+        for event in (Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
+            if not engine.has_event_handler(self._stop_where_saved, event):
+                engine.add_event_handler(event, self._stop_where_saved)
+        if not engine.has_event_handler(self._interruption.end, Events.COMPLETED):
+            engine.add_event_handler(Events.COMPLETED, self._interruption.end)
+        self._stop_at = None
+        self._interruption.begin()
+
+    def _stop_where_saved(self, engine: Engine) -> None:
+        if self._stop_at == engine.state.iteration:
+            raise self._interruption.error(
+                f"the state after iteration {self._stop_at} is in {self.folder / 'last.pt'}"
+            )
+
+    def _end_after_error(self, engine: Engine, error: BaseException) -> None:
+        self._interruption.end()
+        raise error  # ignite takes an error for dealt with once anyone listens
 
     def restore(self, engine: Engine) -> None:
         """Continue from `last.pt` as `resume` says."""
@@ -143,10 +193,15 @@ class CheckpointHandler:
         within = engine.state.iteration - (engine.state.epoch - 1) * length
         # An epoch's last iteration is saved with its end; a group of accumulated gradients is whole
         # or not begun, since gradients are not part of a checkpoint.
-        if not self.every or within == length or within % self.accumulation_steps:
+        if within == length or within % self.accumulation_steps:
             return
-        if within // self.every > (within - self.accumulation_steps) // self.every:
+        every, before = self.every, within - self.accumulation_steps
+        due = every is not None and within // every > before // every
+        asked = self._interruption.asked()
+        if due or asked:
             self._save_last(engine, epochs=engine.state.epoch - 1)
+        if asked:
+            self._stop_at = engine.state.iteration
 
     def save(self, engine: Engine) -> None:
         """Write `best.pt` at a new best, and `last.pt`."""
@@ -154,20 +209,27 @@ class CheckpointHandler:
         # round, `last.pt` would know of a best epoch that was never saved.
         if getattr(engine.state, "new_best", False):
             evaluated = self.averaged if self.averaged is not None else self.network
-            write_checkpoint(self.folder / "best.pt", self._content(engine, evaluated))
+            self._write("best.pt", self._content(engine, evaluated))
         self._save_last(engine, epochs=engine.state.epoch)
+        if self._interruption.asked():
+            self._stop_at = engine.state.iteration
 
     def _save_last(self, engine: Engine, epochs: int) -> None:
         """Write `last.pt`, of a run that has completed `epochs` epochs."""
         training_state = {name: item.state_dict() for name, item in self.state.items()}
         content = self._content(engine, self.network)
         content |= {"epoch": int(epochs), "training_state": training_state}
-        write_checkpoint(self.folder / "last.pt", content, keep_as="previous.pt")
+        self._write("last.pt", content, keep_as="previous.pt")
 
     def save_average(self, engine: Engine) -> None:
         """Write `swa.pt`."""
         if self.averaged is not None and engine.state.epoch:
-            write_checkpoint(self.folder / "swa.pt", self._content(engine, self.averaged))
+            self._write("swa.pt", self._content(engine, self.averaged))
+
+    def _write(self, name: str, content: Mapping[str, Any], keep_as: str = "") -> None:
+        if is_writer():
+            check_free_bytes(self.folder, _tensor_bytes(content))
+            write_checkpoint(self.folder / name, content, keep_as=keep_as)
 
     def _content(self, engine: Engine, network: nn.Module) -> dict[str, Any]:
         metrics: dict[str, float] = {}
@@ -190,3 +252,14 @@ def _with_own_length(item: Any, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved
     own = vars(item)
     return {**saved, **{key: own[key] for key in _SCHEDULE_LENGTHS if key in own}}
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Return the size of all tensors in nested plain data; the rest of a checkpoint is small."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, Mapping):
+        return sum(map(_tensor_bytes, content.values()))
+    if isinstance(content, list | tuple):
+        return sum(map(_tensor_bytes, content))
+    return 0

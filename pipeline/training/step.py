@@ -18,8 +18,17 @@ import torch
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.errors import ConfigurationError, DivergedError, ResourceError
+from pipeline.hardware.out_of_memory import is_out_of_memory
+from pipeline.training.equality import equality_notes
+from pipeline.training.processes import (
+    share_weights,
+    sum_gradients,
+    sum_over_processes,
+    texts_of_processes,
+)
 
 __all__ = ["TrainingStep"]
 
@@ -36,10 +45,17 @@ class _Batch:
     inputs: Tensor
     targets: Tensor
     names: Sequence[str]
+    counted: int  # its samples, or 0 where it only fills a place
 
 
-class _NotFinite(Exception):  # noqa: N818 - never leaves this module
-    """A loss or gradient is not finite; the text says which."""
+@dataclass
+class _Place:
+    """Where a step stands in its group, and the group's samples in all processes."""
+
+    first: bool
+    last: bool
+    samples: int
+    filler: bool  # the epoch's last batch has no sample left for this process
 
 
 class TrainingStep:
@@ -47,19 +63,23 @@ class TrainingStep:
 
     A group's gradient is that of the mean loss over its samples, whatever the number of batches and
     their sizes: for a loss that is a mean over samples it equals the gradient of one large batch.
+    Several processes share each batch, and the gradient is that of all their samples.
 
     Where memory runs out, the group is computed again in smaller pieces, with the same result, and
     so are all later ones. Networks with batch norm, and losses pooled over a batch, see smaller
-    batches then: it is logged.
+    batches then: it is logged, as it is for accumulation and for several processes.
+
+    A group with a loss or gradient that is not finite changes nothing.
 
     Args:
         accumulation_steps: loader steps per update; the last group of an epoch may be shorter.
-        batch_size: samples per loader step, but for an epoch's last.
-        samples: samples in an epoch.
+        batch_size: items per loader step and process, but for an epoch's last.
+        samples: items in an epoch, in all processes.
         clip_norm: largest norm of the gradient; None does not clip.
         precision: of forward and loss: `float32`, `bfloat16`, or `float16` with loss scaling.
         skip_not_finite: updates left out because of a value that is not finite before the run
             stops.
+        rank, processes: number of this process, and how many there are.
     """
 
     def __init__(
@@ -70,6 +90,8 @@ class TrainingStep:
         clip_norm: float | None = None,
         precision: Precision = "float32",
         skip_not_finite: int = 0,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         if accumulation_steps < 1:
             raise ConfigurationError(
@@ -78,16 +100,25 @@ class TrainingStep:
         if precision not in ("float32", *_DTYPES):
             known = ", ".join(("float32", *_DTYPES))
             raise ConfigurationError(f"precision must be one of {known}, got {precision!r}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigurationError(f"clip_norm must be null or above 0, got {clip_norm!r}")
         self.accumulation_steps = accumulation_steps
         self.batch_size = batch_size
         self.samples = samples
         self.clip_norm = clip_norm
         self.precision = precision
         self.skip_not_finite = skip_not_finite
-        self.scaler = torch.amp.GradScaler(enabled=precision == "float16")
+        self.rank = rank
+        self.processes = processes
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        self.scaler = torch.amp.GradScaler(where, enabled=precision == "float16")
         self.pieces = 1  # a batch is computed in so many pieces, more after memory ran out
         self.skipped = 0
         self._group: list[_Batch] = []
+        self._not_finite = ""  # what was found in the present group
+        self._parameters: list[torch.nn.Parameter] = []
+        self._begun = False
+        self._noted = False
 
     def __call__(self, engine: Any, batchdata: Any) -> dict[str, Any]:
         """Compute a batch and, at the end of its group, update the weights.
@@ -97,7 +128,7 @@ class TrainingStep:
             batchdata: what its loader gave; `name`, where present, names the samples in errors.
 
         Returns:
-            `image`, `label`, `pred` and `loss`, the mean over the batch.
+            `image`, `label`, `pred` and `loss`, the mean over the batch, 0 where it is not finite.
 
         Raises:
             DivergedError: loss or gradient is not finite, more often than allowed.
@@ -107,27 +138,24 @@ class TrainingStep:
             batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )
         names = batchdata.get("name", ()) if isinstance(batchdata, dict) else ()
-        first, last, samples = self._place(engine)
-        if first:
-            self._group = []
+        place = self._place(engine)
+        if not self._begun:
+            self._begin(engine)
+        if place.first:
+            self._group, self._not_finite = [], ""
             engine.optimizer.zero_grad(set_to_none=True)
         engine.network.train()
-        self._group.append(_Batch(inputs, targets, names))
+        self._group.append(_Batch(inputs, targets, names, 0 if place.filler else len(inputs)))
         output: dict[str, Any] = {CommonKeys.IMAGE: inputs, CommonKeys.LABEL: targets}
         engine.state.output = output
-        try:
-            output[CommonKeys.PRED], output[CommonKeys.LOSS] = self._with_enough_memory(
-                engine, samples
-            )
-            engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-            if last:
-                self._update(engine)
-        except _NotFinite as error:
-            self._leave_out(engine, str(error))
-            zero = torch.zeros((), device=inputs.device)
-            output.update({CommonKeys.PRED: torch.zeros_like(targets), CommonKeys.LOSS: zero})
-        if last:
-            self._group = []
+        pred, loss = self._with_enough_memory(engine, place.samples)
+        if not math.isfinite(value := float(loss)):
+            self._not_finite = self._not_finite or f"the loss is {value}{_whose(names)}"
+            loss = torch.zeros_like(loss)
+        output.update({CommonKeys.PRED: pred, CommonKeys.LOSS: loss})
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if place.last:
+            self._end_group(engine, place.samples)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
 
@@ -137,7 +165,7 @@ class TrainingStep:
             "scaler": self.scaler.state_dict(),
             "pieces": self.pieces,
             "skipped": self.skipped,
-            "plan": [self.batch_size, self.accumulation_steps, self.samples],
+            "plan": self._plan(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,25 +175,45 @@ class TrainingStep:
             ConfigurationError: batch size, accumulation or the number of samples has changed: the
                 run would not be the one that was interrupted.
         """
-        plan = [self.batch_size, self.accumulation_steps, self.samples]
-        if list(state["plan"]) != plan:
+        if list(state["plan"]) != self._plan():
             raise ConfigurationError(
-                "batch_size, accumulation_steps and samples per epoch are "
-                f"{plan} and were {state['plan']} when the run was interrupted; "
+                "batch_size (of all processes), accumulation_steps and samples per epoch are "
+                f"{self._plan()} and were {list(state['plan'])} when the run was interrupted; "
                 "set them back, or begin anew with resume: false"
             )
         self.scaler.load_state_dict(state["scaler"])
         self.pieces = state["pieces"]
         self.skipped = state["skipped"]
 
-    def _place(self, engine: Any) -> tuple[bool, bool, int]:
-        """Return whether this batch is its group's first, its last, and the group's samples."""
+    def _plan(self) -> list[int]:
+        """Return what fixes the samples of every update; how many processes share them does not."""
+        return [self.batch_size * self.processes, self.accumulation_steps, self.samples]
+
+    def _place(self, engine: Any) -> _Place:
         length = engine.state.epoch_length
         here = (engine.state.iteration - 1) % length
         start = here - here % self.accumulation_steps
         end = min(start + self.accumulation_steps, length)
-        samples = min(end * self.batch_size, self.samples) - start * self.batch_size
-        return here == start, here == end - 1, samples
+        step = self.batch_size * self.processes
+        samples = min(end * step, self.samples) - start * step
+        filler = self.samples - here * step <= self.rank
+        return _Place(here == start, here == end - 1, samples, filler)
+
+    def _begin(self, engine: Any) -> None:
+        """Before the first step, which may be that of a resumed run."""
+        self._begun = True
+        self._parameters = list(engine.network.parameters())  # walking a network takes its time
+        if self.processes > 1:
+            share_weights(engine.network, engine.state.iteration)
+        if self.accumulation_steps * self.processes * self.pieces > 1:
+            self._note_inequality(engine)
+
+    def _note_inequality(self, engine: Any) -> None:
+        """Say once why dividing a batch changes the result, where it does."""
+        notes = () if self._noted else equality_notes(engine.network, engine.loss_function)
+        self._noted = True
+        for note in notes:
+            logger.info("gradients are not exactly those of one undivided batch: %s", note)
 
     def _with_enough_memory(self, engine: Any, samples: int) -> tuple[Tensor, Tensor]:
         """Compute the newest batch; where memory runs out, the whole group again in more pieces."""
@@ -175,66 +223,102 @@ class TrainingStep:
                 for batch in todo:
                     pred, loss = self._compute(engine, batch, samples)
                 return pred, loss
-            except torch.OutOfMemoryError as error:
-                self._split_further(engine, error)
-                todo = self._group
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.pieces >= max(len(batch.inputs) for batch in self._group):
+                    raise ResourceError(
+                        f"out of memory with one sample at a time ({_first_line(error)}); "
+                        "use a smaller patch_size or network, or a device with more memory"
+                    ) from error
+            # Not inside the handler: the exception would keep what had been computed in memory.
+            self._split_further(engine)
+            todo = self._group
 
-    def _split_further(self, engine: Any, error: torch.OutOfMemoryError) -> None:
-        """Halve the pieces and forget the group's gradient, which may be half-added."""
-        if self.pieces >= self.batch_size:
-            raise ResourceError(
-                f"out of memory with one sample at a time ({str(error).splitlines()[0]}); "
-                "use a smaller patch_size or network, or a device with more memory"
-            ) from error
-        self.pieces = min(self.pieces * 2, self.batch_size)
+    def _split_further(self, engine: Any) -> None:
+        """Double the pieces and forget the group's gradient, which may be half-added."""
+        self.pieces = min(self.pieces * 2, max(len(batch.inputs) for batch in self._group))
         engine.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory: batches are now computed in %d pieces, with the same effective batch "
-            "(batch norm and batch-pooled losses see smaller batches)",
+            "out of memory: batches are now computed in %d pieces, with the same effective batch",
             self.pieces,
         )
+        self._note_inequality(engine)
 
     def _compute(self, engine: Any, batch: _Batch, samples: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of one batch and return its prediction and mean loss."""
-        pieces = min(self.pieces, len(batch.inputs))
         preds: list[Tensor] = []
-        total = 0.0
-        for inputs, targets in zip(
-            batch.inputs.tensor_split(pieces), batch.targets.tensor_split(pieces), strict=True
-        ):
+        mean: Tensor | float = 0.0
+        for inputs, targets in self._divided(batch):
+            share = len(inputs) / len(batch.inputs)
             with self._autocast(inputs.device):
                 pred = engine.inferer(inputs, engine.network)
+                engine.state.output[CommonKeys.PRED] = pred
                 engine.fire_event(IterationEvents.FORWARD_COMPLETED)
                 loss = engine.loss_function(pred, targets).mean()
+                engine.state.output[CommonKeys.LOSS] = loss
                 engine.fire_event(IterationEvents.LOSS_COMPLETED)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise _NotFinite(f"the loss is {value}{_whose(batch.names)}")
-            self.scaler.scale(loss * (len(inputs) / samples)).backward()
+            self.scaler.scale(loss * (share * batch.counted / samples)).backward()
             preds.append(pred.detach())
-            total += value * len(inputs)
-        mean = torch.tensor(total / len(batch.inputs), device=batch.inputs.device)
-        return torch.cat(preds), mean
+            mean = mean + loss.detach() * share
+        return torch.cat(preds) if len(preds) > 1 else preds[0], torch.as_tensor(mean)
 
-    def _update(self, engine: Any) -> None:
+    def _divided(self, batch: _Batch) -> list[tuple[Tensor, Tensor]]:
+        pieces = min(self.pieces, len(batch.inputs))
+        if pieces == 1:
+            return [(batch.inputs, batch.targets)]
+        parts = batch.inputs.tensor_split(pieces), batch.targets.tensor_split(pieces)
+        return list(zip(*parts, strict=True))
+
+    def _end_group(self, engine: Any, planned: int) -> None:
+        """Update the weights, or leave the group out."""
+        parameters = [p for p in self._parameters if p.requires_grad]
+        counted: float = sum(batch.counted for batch in self._group)
+        spoilt = bool(self._not_finite)
+        if self.processes > 1:
+            has = [parameter.grad is not None for parameter in parameters]
+            counted, bad, *used = sum_over_processes([counted, spoilt, *has])
+            spoilt = bad > 0
+            if not spoilt:
+                sum_gradients(parameters, [number > 0 for number in used])
+        if not spoilt:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if counted != planned:  # an item of the dataset may be several samples
+                torch._foreach_mul_(gradients, planned / counted)
+            spoilt = not self._update(engine, parameters, gradients)
+        if spoilt:
+            self._leave_out(engine)
+        self._group, self._not_finite = [], ""
+
+    def _update(self, engine: Any, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
+        """Clip and update; return False, with the weights unchanged, where it cannot be done."""
         self.scaler.unscale_(engine.optimizer)
-        parameters = [p for p in engine.network.parameters() if p.grad is not None]
-        limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        # With loss scaling an infinite gradient is routine: the scaler leaves the step out itself.
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
+        norm = get_total_norm(gradients)
+        if not math.isfinite(value := float(norm)):
+            # With loss scaling an infinite gradient is routine, as long as the scale can go down.
+            routine = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+            self.scaler.update()
+            if routine:
+                return True
             names = [name for batch in self._group for name in batch.names]
-            raise _NotFinite(f"the gradient's norm is {norm}{_whose(names)}")
+            self._not_finite = f"the gradient's norm is {value}{_whose(names)}"
+            return False
+        if self.clip_norm is not None:
+            clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self.scaler.step(engine.optimizer)
         self.scaler.update()
+        return True
 
-    def _leave_out(self, engine: Any, what: str) -> None:
-        """Drop the group's gradient so far, or stop the run."""
+    def _leave_out(self, engine: Any) -> None:
+        """Drop the group's gradient, or stop the run."""
         engine.optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
-        where = f"iteration {engine.state.iteration}: {what}"
+        found = self._not_finite
+        if self.processes > 1:
+            found = "; ".join(dict.fromkeys(texts_of_processes(found)))
+        where = f"iteration {engine.state.iteration}: {found}"
         if self.skipped > self.skip_not_finite:
             raise DivergedError(
                 f"{where}; training stopped and the last checkpoint is good: look at these files, "
@@ -246,6 +330,10 @@ class TrainingStep:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=_DTYPES[self.precision])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _whose(names: Sequence[str]) -> str:

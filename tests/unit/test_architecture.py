@@ -30,9 +30,12 @@ LEVELS = {
     "configs": 5,
     "definitions": 5,
     "running_config": 5,
+    "commands": 5,
+    "arguments": 6,
     "bundles": 6,
-    "cli": 7,
-    "__main__": 8,
+    "crossvalidation": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 DOMAINS = frozenset(room for room, level in LEVELS.items() if level == LEVELS["fundus"])
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pipeline import cli
+from pipeline import arguments, cli
 from pipeline.errors import (
     CheckpointError,
     ConfigurationError,
@@ -73,12 +73,12 @@ def verbs(parser, path=()):
             yield from verbs(child, (*path, name))
 
 
-VERBS = dict(verbs(cli._parser()))
+VERBS = dict(verbs(arguments.parser()))
 
 
 def test_the_verbs_of_the_design_are_there():
     assert {" ".join(path) for path in VERBS} == {
-        "doctor", "train", "predict", "evaluate", "data", "data list", "data init",
+        "doctor", "train", "predict", "evaluate", "compare", "data", "data list", "data init",
         "data preview", "data check", "data freeze", "data sample",
     }  # fmt: skip
 
@@ -90,8 +90,8 @@ def test_every_verb_helps_with_an_example_that_parses(path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     example = re.search(r"example: python -m pipeline (.*)", text).group(1).split()
     assert example[: len(path)] == list(path)
-    arguments, _ = cli._split_overrides(example)
-    cli._parser().parse_args(arguments)
+    words, _ = arguments.split_overrides(example)
+    arguments.parser().parse_args(words)
 
 
 @pytest.mark.cli
@@ -118,8 +118,8 @@ def test_a_misspelt_setting_is_refused_before_torch_is_imported(bundle):
 
 
 def test_settings_reach_the_bundle_as_values(bundle, runs):
-    arguments = ["--max_epochs", "1", "--early_stopping::patience=2", "--output_dir", "a b"]
-    assert cli.main(["train", "tiny", *arguments]) == 0
+    words = ["--max_epochs", "1", "--early_stopping::patience=2", "--output_dir", "a b"]
+    assert cli.main(["train", "tiny", *words]) == 0
     settings = {"max_epochs": 1, "early_stopping::patience": 2, "output_dir": "a b"}
     assert runs == [("tiny", "train", [], settings)]
 
@@ -148,6 +148,10 @@ def test_predict_maps_input_and_output(bundle, runs, tmp_path):
         (["train", "tiny", "--max_epochs", "1", "--max_epochs", "2"], 2, "given twice"),
         (["train", "tiny", "--early_stopping", "[1"], 2, "cannot read the value"),
         (["data", "check", "no_such_manifest", "."], 2, "no_such_manifest"),
+        (["train", "tiny", "--continue-on-error"], 2, "add --fold all"),
+        (["evaluate", "tiny", "--fold", "all"], 2, "--fold all is for train"),
+        (["train", "tiny", "--fold", "all"], 2, "has no id fold"),
+        (["compare", "absent"], 3, "absent: no such folder"),
     ],
 )
 def test_a_usage_error_is_one_line(bundle, capsys, words, code, text):
@@ -156,6 +160,76 @@ def test_a_usage_error_is_one_line(bundle, capsys, words, code, text):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert text in error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_epochs": 3, "learning_rate": 1e-5, "augmentation": False, "fold": None},
+        {"patch_size": [64, 1e-4], "early_stopping": {"patience": 5, "mode": "max"}},
+        {"name": "8", "dataset_dir": "a b: c", "manifest": "true", "+a::b": "", "x": " [1"},
+        {"run": "$@a + '/b'", "quoted": '"x"', "unicode": "Größe \U0001f441"},
+    ],
+)
+def test_settings_told_to_another_process_arrive_as_they_were(settings):
+    words = ["train", "tiny", *arguments.setting_words(settings)]
+    assert arguments.split_overrides(words) == (["train", "tiny"], settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), "1e-3", ["1e-3"]], ids=str)
+def test_a_setting_that_would_arrive_as_another_is_refused(value):
+    with pytest.raises(ConfigurationError, match=r"--x: .* cannot be written on a command line"):
+        arguments.setting_words({"x": value})
+
+
+def test_an_error_is_left_for_the_process_that_asks_for_it(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(arguments.ERROR_FILE, str(tmp_path / "error"))
+    assert cli.main(["train", "tinny"]) == 2
+    assert capsys.readouterr().err == f"error: {(tmp_path / 'error').read_text()}\n"
+
+
+def test_folds_are_trained_and_summed_up(bundle, tmp_path, monkeypatch, capsys):
+    import pipeline.crossvalidation as room
+
+    asked = {}
+    runs = [
+        {"fold": k, "status": status, "best": None, "best_epoch": None, "epochs": 0}
+        | {"seconds": 60.0, "error": error}
+        for k, (status, error) in enumerate([("done", None), ("failed", "no space")])
+    ]
+    total = {"folds": {"done": 1, "failed": 1}, "metric": None, "seconds": 120.0}
+    summary = {"runs": runs, "total": {**total, "mean": None, "sd": None}}
+
+    def train(plan, **options):
+        asked.update(options, plan=plan)
+        return room.Outcome(3, "1 of 2 folds failed", tmp_path / "folds.yaml", summary)
+
+    monkeypatch.setattr(room, "plan_folds", lambda *words: words)
+    monkeypatch.setattr(room, "cross_validate", train)
+    words = ["train", "tiny", "--fold", "all", "--max_epochs", "2", "--continue-on-error"]
+    assert cli.main(words) == 3
+    assert asked["plan"] == ("tiny", [], {"fold": "all", "max_epochs": 2})
+    assert asked["continue_on_error"] is True
+    shown, complained = capsys.readouterr()
+    assert "total: 1 done, 1 failed; 2.0 minutes" in shown
+    assert shown.endswith(f"summary: {tmp_path / 'folds.yaml'}\n")
+    assert complained == "error: 1 of 2 folds failed\n"
+
+
+def test_runs_are_compared_for_people_and_programs(tmp_path, capsys):
+    import yaml
+
+    for name, dices in (("one", [0.7, 0.8]), ("two", [0.75, 0.85])):
+        (tmp_path / name).mkdir()
+        rows = [{"image": str(k), "dice": dice} for k, dice in enumerate(dices)]
+        (tmp_path / name / "per_image_metrics.yaml").write_text(yaml.safe_dump(rows))
+        (tmp_path / name / "test_metrics.yaml").write_text("manifest: drive\nsplit: test\n")
+    words = ["compare", str(tmp_path / "one"), str(tmp_path / "two")]
+    assert cli.main(words) == 0
+    assert "+0.0500" in capsys.readouterr().out
+    assert cli.main([*words, "--json", "--metric", "test dice"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison["rows"][1]["difference"]["mean"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""What ends a run from outside: signals, and loader workers that are killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from monai.data.utils import worker_init_fn
+
+from pipeline.errors import Interrupted, LaminaError, Preempted, ResourceError
+from pipeline.training.processes import any_process
+
+__all__ = ["Interruption", "explained", "shielded_worker"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Launchers pass on a signal that reached the run already, so one wish may arrive twice.
+_ECHO_S = 1.0
+_KILLED_WORKER = re.compile(
+    r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+\w|exited unexpectedly)"
+)
+
+
+class Interruption:
+    """Hold SIGTERM and Ctrl-C back until the run has saved its state.
+
+    Between `begin` and `end` the first signal is only noted: the run saves at the end of its step
+    and raises `error`. The second one, a second later or more, goes to whoever handled it before,
+    which ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.noted: signal.Signals | None = None
+        self._noted_s = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = 0
+
+    def begin(self) -> None:
+        """Listen; only the main thread of a process may, elsewhere signals do what they did."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        self.noted = None
+        self._process = os.getpid()
+        for signum in _SIGNALS:
+            self._previous[signum] = signal.signal(signum, self._note)
+
+    def end(self) -> None:
+        """Give the signals back to their previous handlers; without effect before `begin`."""
+        while self._previous:
+            signum, handler = self._previous.popitem()
+            # None: a handler that was not installed from Python and cannot be put back
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    def asked(self) -> bool:
+        """Return whether to stop; several processes agree, and all must call it at this place."""
+        return any_process(self.noted is not None)
+
+    def error(self, what: str) -> Interrupted | Preempted:
+        """Return the error that ends the run.
+
+        Args:
+            what: what became of the state, such as "the state is in last.pt".
+        """
+        noted = self.noted or signal.SIGTERM  # not noted here: in another of several processes
+        kind = Interrupted if noted is signal.SIGINT else Preempted
+        return kind(
+            f"stopped by {noted.name}: {what}; start the same run again with resume: auto to go on"
+        )
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A process forked meanwhile. Ctrl-C reaches all of a terminal's: the run decides.
+            if signum != signal.SIGINT:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+            return
+        if self.noted is None:
+            # Nothing else, not even a line in the log: its stream may be in use at this moment.
+            self.noted, self._noted_s = signal.Signals(signum), time.monotonic()
+        elif time.monotonic() - self._noted_s >= _ECHO_S:
+            self.end()
+            signal.raise_signal(signum)
+
+
+def shielded_worker(worker_id: int) -> None:
+    """Let a loader worker outlive the first signal; for a DataLoader's `worker_init_fn`.
+
+    Schedulers and terminals signal every process of a run, and a worker that ends takes the run
+    with it before the state is saved. A second SIGTERM, a second later or more, ends the worker, so
+    that one that hangs can be stopped.
+    """
+    first_s: list[float] = []
+
+    def outlive(signum: int, frame: FrameType | None) -> None:
+        first_s.append(time.monotonic())
+        if first_s[-1] - first_s[0] >= _ECHO_S:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    signal.signal(signal.SIGTERM, outlive)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker_init_fn(worker_id)  # what MONAI's DataLoader does where no other function is given
+
+
+def explained(error: BaseException, interruption: Interruption | None = None) -> BaseException:
+    """Return an error with a hint for that of a killed loader worker, any other as it is.
+
+    Args:
+        error: what ended the run.
+        interruption: the run's; where a signal was noted, it is what killed the worker.
+    """
+    ours = isinstance(error, LaminaError | KeyboardInterrupt)
+    killed = None if ours else _killed_worker(error)
+    if killed is None:
+        return error
+    if interruption is not None and interruption.noted is not None:
+        return interruption.error(f"a loader worker ended first ({killed}), the state is not saved")
+    return ResourceError(
+        f"a loader worker was lost ({killed}): most often memory ran out; lower num_workers or "
+        "batch_size, or give the container more shared memory; started again with resume: auto, "
+        "the run goes on from its last checkpoint"
+    )
+
+
+def _killed_worker(error: BaseException) -> str | None:
+    """Return what torch says of a lost worker, searched in `error` and what it came from."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, RuntimeError) and (found := _KILLED_WORKER.search(str(current))):
+            return found[0]
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
