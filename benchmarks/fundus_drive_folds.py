@@ -1,6 +1,6 @@
 """Out-of-fold vessel scores over the 20 training photographs of DRIVE, beside Frangi's filter.
 
-    python benchmarks/fundus_drive_folds.py --dataset_dir DRIVE [--folds 0 1] [--max_epochs 80]
+    python benchmarks/fundus_drive_folds.py --dataset_dir DRIVE [--folds 0 1] [--max_epochs 60]
 
 Each fold trains on 16 photographs and scores the other 4 with the last averaged weights
 (`swa.pt`), so that no epoch is picked on the photographs that are scored. Its threshold is
@@ -66,7 +66,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_dir", type=Path, default=drive, required=drive is None)
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--max_epochs", type=int, default=80)
+    parser.add_argument("--max_epochs", type=int, default=60)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/drive_folds"))
     return parser.parse_args()
 

@@ -109,7 +109,8 @@ class Soak:
             return [f"not killed in {ATTEMPTS} attempts"]
         _finish(self._start(run, trial.workers, trial.overlays), run)
         found, wanted = fingerprints(run), self.undisturbed[trial.overlays]
-        return [name for name in found | wanted if found.get(name) != wanted.get(name)]
+        differing = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+        return differing + [path.name for path in unfinished(run / "checkpoints")]
 
     def _start(self, run: Path, workers: int, overlays: tuple[str, ...]) -> Any:
         words = ["train", BUNDLE, *overlays, "--output_dir", str(run)]
@@ -149,6 +150,8 @@ class Forked:
 def _train(words: list[str], log: Path) -> None:
     from pipeline.cli import main
 
+    # As in a process of its own. Loader workers from a fork server outlive a killed run.
+    multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -251,7 +254,7 @@ def main() -> int:
         Trial(
             number,
             workers=0 if number < (options.trials + 1) // 2 else 2,
-            overlays=AVERAGING[(number + 1) % len(AVERAGING)],
+            overlays=AVERAGING[number % len(AVERAGING)],
             write=draw.randint(1, 2 * int(settings["max_epochs"]))
             if number % options.trials_per_write == 0
             else None,
@@ -282,7 +285,7 @@ def main() -> int:
 def _options() -> tuple[argparse.Namespace, dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--trials_per_write", type=int, default=4, help="every so many, one inside")
+    parser.add_argument("--trials_per_write", type=int, default=5, help="every so many, one inside")
     parser.add_argument("--parallel", type=int, default=2, help="trials side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where the runs go; removed at the end")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import logging
 import os
 import platform
@@ -18,6 +17,7 @@ from ignite.engine import Engine, Events
 
 from pipeline.data.atomic import write_json, write_yaml
 from pipeline.errors import Interrupted, Preempted
+from pipeline.hardware.environment import package_versions
 from pipeline.training.interruption import explained
 from pipeline.training.processes import is_writer
 from pipeline.training.run_lock import RunLock
@@ -26,34 +26,19 @@ __all__ = ["RunFolder", "describe_environment", "run_directory"]
 
 logger = logging.getLogger(__name__)
 
-_REPORTED = (
-    "lamina",
-    "torch",
-    "monai",
-    "pytorch-ignite",
-    "numpy",
-    "scikit-image",
-    "pillow",
-    "tifffile",
-)
-
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
     """Return versions, machine and command of this process, as plain data."""
-    versions = {"python": platform.python_version()}
-    for name in _REPORTED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    program = Path(sys.argv[0])
+    started_as = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{started_as} {shlex.join(sys.argv[1:])}",
         "device": str(device),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": package_versions(),
     }
 
 
