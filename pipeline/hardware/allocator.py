@@ -1,6 +1,6 @@
 """glibc's allocator, told to keep large blocks instead of giving each tensor back to the kernel.
 
-On a CPU about half of eager torch's time in a convolutional network is page faults: glibc maps
+On a CPU a good part of eager torch's time in a convolutional network is page faults: glibc maps
 every large tensor anew. Raising two thresholds keeps the memory with the process. Results are
 unchanged; the price is that freed memory is not returned before the process ends.
 """

@@ -87,23 +87,23 @@ class Interruption:
 
 
 def shielded_worker(worker_id: int) -> None:
-    """Let a loader worker outlive the first signal; for a DataLoader's `worker_init_fn`.
+    """Leave signals to the run; for a DataLoader's `worker_init_fn`.
 
-    Schedulers and terminals signal every process of a run, and a worker that ends takes the run
-    with it before the state is saved. A second SIGTERM, a second later or more, ends the worker, so
-    that one that hangs can be stopped.
+    Schedulers and terminals signal every process of a run, and a loader worker that ends takes the
+    run with it before the state is saved. The run itself still ends its workers with SIGTERM.
     """
-    first_s: list[float] = []
-
-    def outlive(signum: int, frame: FrameType | None) -> None:
-        first_s.append(time.monotonic())
-        if first_s[-1] - first_s[0] >= _ECHO_S:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-
-    signal.signal(signal.SIGTERM, outlive)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
     worker_init_fn(worker_id)  # what MONAI's DataLoader does where no other function is given
+
+
+def _obey(process: int) -> None:
+    """End this process when `process` sends it SIGTERM; that of others goes unheard."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
 
 
 def explained(error: BaseException, interruption: Interruption | None = None) -> BaseException:
@@ -118,7 +118,9 @@ def explained(error: BaseException, interruption: Interruption | None = None) ->
     if killed is None:
         return error
     if interruption is not None and interruption.noted is not None:
-        return interruption.error(f"a loader worker ended first ({killed}), the state is not saved")
+        return interruption.error(
+            f"a loader worker ended first ({killed}) and the steps since the last save are lost"
+        )
     return ResourceError(
         f"a loader worker was lost ({killed}): most often memory ran out; lower num_workers or "
         "batch_size, or give the container more shared memory; started again with resume: auto, "

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.data.atomic import check_free_bytes
 from pipeline.errors import CheckpointError, ConfigurationError
@@ -22,11 +21,9 @@ from pipeline.training.checkpoints import (
 from pipeline.training.interruption import Interruption
 from pipeline.training.monitor import Monitor
 from pipeline.training.processes import is_writer
+from pipeline.training.schedules import with_own_length
 
 __all__ = ["CheckpointHandler"]
-
-# How long a schedule is, in the attributes of OneCycleLR, CosineAnnealingLR and PolynomialLR.
-_SCHEDULE_LENGTHS = ("total_steps", "_schedule_phases", "T_max", "total_iters")
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +177,7 @@ class CheckpointHandler:
             raise CheckpointError(f"{path}: has no state of {', '.join(sorted(missing))}")
         for name, item in self.state.items():
             try:
-                item.load_state_dict(_with_own_length(item, saved[name]))
+                item.load_state_dict(with_own_length(item, saved[name]))
             except (LookupError, RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise CheckpointError(
@@ -244,14 +241,6 @@ class CheckpointHandler:
             "metrics": metrics,
             "threshold": self._threshold,
         }
-
-
-def _with_own_length(item: Any, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the saved state, where `item` is a schedule with the length it was configured with."""
-    if not isinstance(item, LRScheduler):
-        return saved
-    own = vars(item)
-    return {**saved, **{key: own[key] for key in _SCHEDULE_LENGTHS if key in own}}
 
 
 def _tensor_bytes(content: Any) -> int:

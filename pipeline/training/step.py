@@ -144,7 +144,8 @@ class TrainingStep:
         if place.first:
             self._group, self._not_finite = [], ""
             engine.optimizer.zero_grad(set_to_none=True)
-        engine.network.train()
+        if not engine.network.training:  # it walks the whole network
+            engine.network.train()
         self._group.append(_Batch(inputs, targets, names, 0 if place.filler else len(inputs)))
         output: dict[str, Any] = {CommonKeys.IMAGE: inputs, CommonKeys.LABEL: targets}
         engine.state.output = output

@@ -26,10 +26,13 @@ from torch import Tensor
 from pipeline.errors import ConfigurationError, ResourceError
 from pipeline.training.activations import ActivationRecorder, select_layers, write_graph
 from pipeline.training.panels import PanelCollector
+from pipeline.training.throughput import SPEED_PREFIX
 
 __all__ = ["TensorBoardHandler", "write_test_scalars"]
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 50  # iterations written together
 
 
 class TensorBoardHandler:
@@ -97,6 +100,7 @@ class TensorBoardHandler:
         self._epoch = 0
         self._validated = False
         self._losses: list[float] = []
+        self._unwritten: list[tuple[int, float]] = []
         self._rates: list[float] = []
         self._final: dict[str, float] = {}
 
@@ -153,8 +157,15 @@ class TensorBoardHandler:
         first = output[0] if isinstance(output, list) else output
         loss = float(torch.as_tensor(first["loss"]).detach())
         self._losses.append(loss)
-        iterations = self._runs("iterations")
-        iterations.add_scalar("train/loss_iteration", loss, trainer.state.iteration)
+        self._unwritten.append((trainer.state.iteration, loss))
+        if len(self._unwritten) == _AT_ONCE:
+            self._write_iterations(self._runs)
+
+    def _write_iterations(self, runs: _Runs) -> None:
+        """Write the losses of the latest iterations; each alone would wake the writer's thread."""
+        for iteration, loss in self._unwritten:
+            runs("iterations").add_scalar("train/loss_iteration", loss, iteration)
+        self._unwritten = []
 
     def _validation_started(self) -> None:
         if self._runs is not None and self.activations.due(self._epoch):
@@ -170,6 +181,7 @@ class TensorBoardHandler:
             self.collector.write_pictures(self.pictures_dir)
         if self._runs is None:
             return
+        self._write_iterations(self._runs)
         self._write_curves(self._runs, trainer.state.metrics, validated)
         if validated and self.log_images and (new_best or self.images.due(self._epoch)):
             self._runs().add_image("val/predictions", self.collector.sheet(), self._epoch)
@@ -181,6 +193,9 @@ class TensorBoardHandler:
     def _write_curves(self, runs: _Runs, trained: Mapping[str, Any], validated: bool) -> None:
         """Write what this epoch measured; an epoch without validation has no validation values."""
         train = _scalars(trained, "train")
+        for name in [name for name in train if name.startswith(SPEED_PREFIX)]:
+            tag = f"speed/{name.removeprefix(SPEED_PREFIX)}"
+            runs().add_scalar(tag, train.pop(name), self._epoch)
         if self._losses:
             train.setdefault("loss", fmean(self._losses))
         sides = {"train": train}
@@ -216,6 +231,8 @@ class TensorBoardHandler:
         raise error
 
     def _close(self) -> None:
+        if self._runs is not None:
+            self._write_iterations(self._runs)
         self.collector.rows.clear()
         self._release()
         self._runs = None

@@ -174,7 +174,7 @@ def test_preview_rows_show_the_label_and_fresh_variants(tmp_path):
 
     (row,) = preview_rows([sample], transform, variants=2)
     assert list(row) == ["image", "label", "variant 1", "variant 2"]
-    assert calls == [{"image": str(image), "label": str(label)}] * 2
+    assert calls == [{"image": str(image), "label": str(label), "name": "image.png"}] * 2
     changed = (row["label"] != row["image"]).any(axis=-1)
     np.testing.assert_array_equal(changed, np.eye(8, dtype=bool))
     assert row["variant 1"].shape == (256, 256, 3)

@@ -29,6 +29,7 @@ from pipeline.errors import ConfigurationError, ResourceError
 from pipeline.training import tensorboard
 from pipeline.training.panels import PanelCollector
 from pipeline.training.tensorboard import TensorBoardHandler, write_test_scalars
+from pipeline.training.throughput import Throughput
 
 ITERATIONS = 2
 EVERYTHING = {"log_activations": True, "image_log_frequency": 1, "activation_log_frequency": 1}
@@ -283,6 +284,20 @@ def test_a_handler_listed_too_early_says_so(
     assert "list it after the ValidationHandler" in caplog.text
 
 
+def test_speed_has_a_group_of_its_own(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=2, before=(Throughput("cpu"),)).run()
+    assert steps(tmp_path, "speed/loader_share") == [1, 2]
+    tags = events(tmp_path).Tags()["scalars"]
+    assert not any("speed" in tag for tag in tags if not tag.startswith("speed/"))
+
+
+def test_a_run_that_fails_leaves_the_loss_of_every_iteration(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, epochs=3, before=(FailsAt(2),)).run()
+    iterations = list(range(1, 2 * ITERATIONS + 1))
+    assert steps(tmp_path / "iterations", "train/loss_iteration") == iterations
+
+
 # --- what it leaves alone and behind
 
 
@@ -304,7 +319,7 @@ def test_nothing_stays_open_or_hooked_after_training(tmp_path: Path, open_writer
         Events.ITERATION_STARTED, lambda: seen.append((hooks(trainer.network), len(open_writers())))
     )
     trainer.run()
-    assert seen == [(2, 2), (0, 2), (2, 4), (0, 4)]  # hooks in the first batch of each validation
+    assert seen == [(2, 1), (0, 1), (2, 4), (0, 4)]  # hooks in the first batch of each validation
     assert hooks(trainer.network) == 0
     assert open_writers() == []
 
