@@ -32,6 +32,7 @@ from pipeline.fundus.metrics import Case, choose_threshold, pooled_metrics, vess
 from pipeline.training.checkpoints import read_checkpoint
 
 BUNDLE = "fundus_vessels"
+SEED = 42  # deals the folds, too
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     network: list[Case] = []
     filtered: list[tuple[Case, float]] = []
     for fold in options.folds:
-        split = split_samples(samples, load_manifest("drive"), fold)
+        split = split_samples(samples, load_manifest("drive"), fold, SEED)
         others = [thresholds[k] for k in options.folds if k != fold] or [0.5]
         network += _evaluated(fold, split.val, statistics.mean(others), options)
         threshold = choose_threshold([_frangi(sample) for sample in split.train])
@@ -80,6 +81,7 @@ def _train(fold: int, options: argparse.Namespace) -> None:
         dataset_dir=str(options.dataset_dir),
         manifest="drive",
         fold=fold,
+        seed=SEED,
         max_epochs=options.max_epochs,
         output_dir=str(options.output_dir / f"fold_{fold}"),
         threads=1,
@@ -104,6 +106,7 @@ def _evaluated(
         dataset_dir=str(options.dataset_dir),
         manifest="drive",
         fold=fold,
+        seed=SEED,
         split="val",
         threshold=threshold,
         ckpt_path=str(_weights(fold, options)),
