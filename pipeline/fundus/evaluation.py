@@ -58,7 +58,8 @@ class VesselMetrics(Metric):
             probability = _array(item["pred"]).astype(np.float32)
             label, fov = _array(item["native_label"]) > 0, _array(item["native_fov"]) > 0
             self.cases.append((probability, label, fov))
-            self.items.append({key: item.get(key) for key in ("name", "image_path", "fov_source")})
+            kept = ("name", "image_path", "fov_source", "stratum")
+            self.items.append({key: item.get(key) for key in kept})
 
     def compute(self) -> float:
         """Return the pooled Dice of the images seen."""
@@ -83,7 +84,8 @@ class VesselMetrics(Metric):
         probability, label, fov = maps
         metrics = vessel_metrics(probability, label, fov, self.threshold)
         calibre = vessel_calibre((probability >= self.threshold) & fov, fov)
-        return {"image": item["name"], **metrics, **calibre, "fov": item["fov_source"]}
+        row = {"image": item["name"], **metrics, **calibre, "fov": item["fov_source"]}
+        return row | ({"stratum": item["stratum"]} if item["stratum"] else {})
 
 
 def validated_items(engine: Engine) -> list[dict[str, Any]]:

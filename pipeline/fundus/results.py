@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,18 @@ class EvaluationWriter:
             "average_metrics": {k: v["mean"] for k, v in summarise(rows).items()},
             "spread": {k: {"sd": v["sd"], "min": v["min"]} for k, v in summarise(rows).items()},
             "pooled_metrics": self.metrics.pooled,
+            **({"strata": strata} if (strata := _strata(rows)) else {}),
         }
+
+
+def _strata(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the means of each stratum that the manifest names, since one mean hides failures."""
+    names = sorted({row["stratum"] for row in rows if "stratum" in row})
+    by_name = {name: [row for row in rows if row.get("stratum") == name] for name in names}
+    return {
+        name: {"images": len(members)} | {k: v["mean"] for k, v in summarise(members).items()}
+        for name, members in by_name.items()
+    }
 
 
 class ResultWriter:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from ignite.engine import Engine
 
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.fundus.cases import Cases, inference_cases, training_cases
 from pipeline.fundus.evaluation import VesselMetrics
 from pipeline.fundus.metrics import choose_threshold, pooled_metrics, vessel_metrics
-from pipeline.fundus.results import overlay
+from pipeline.fundus.results import EvaluationWriter, overlay
 
 
 @pytest.fixture
@@ -81,6 +82,22 @@ def test_each_image_has_a_row_with_its_own_scores(items: list[dict[str, Any]]) -
         assert 0 < row["vessel_density"] < 1
     mean = np.mean([row["dice"] for row in metric.per_image])
     assert found["test_dice_mean"] == pytest.approx(mean)
+
+
+def test_strata_of_the_manifest_have_means_of_their_own(
+    items: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for item, stratum in zip(items, ("A", "G", "A"), strict=True):
+        item["stratum"] = stratum
+    metric = VesselMetrics(threshold=0.4, per_image_rows=True)
+    evaluated(metric, items, "test_dice")
+    metric.cases, metric.items = [], []  # the maps are not what is tested
+    EvaluationWriter(str(tmp_path), metric, {}).write()
+    strata = yaml.safe_load((tmp_path / "test_metrics.yaml").read_text())["strata"]
+    dice = [row["dice"] for row in metric.per_image]
+    assert strata["A"]["images"] == 2
+    assert strata["A"]["dice"] == pytest.approx((dice[0] + dice[2]) / 2)
+    assert strata["G"]["dice"] == pytest.approx(dice[1])
 
 
 def test_an_overlay_tells_agreement_from_errors() -> None:
