@@ -28,6 +28,8 @@ __all__ = [
     "check_free_bytes",
     "check_writable",
     "remove_stale",
+    "resource_errors",
+    "sync_folder",
     "to_plain",
     "write_bytes",
     "write_csv",
@@ -74,7 +76,7 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
     except OSError as error:
         _unlink(temporary)
         mapped = _as_resource_error(error, final, temporary)
@@ -84,6 +86,25 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
     except BaseException:  # a KeyboardInterrupt must not leave the temporary file either
         _unlink(temporary)
         raise
+
+
+@contextmanager
+def resource_errors(path: Path | str) -> Iterator[None]:
+    """Say that the disk is full, or that a folder cannot be written, in one line.
+
+    Args:
+        path: what is being written to by the body.
+
+    Raises:
+        ResourceError: the body failed for such a reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        mapped = _as_resource_error(error, Path(path), Path(error.filename or path))
+        if mapped is None:
+            raise
+        raise mapped from error
 
 
 def write_bytes(path: Path | str, data: bytes) -> Path:
@@ -234,7 +255,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name itself survive a power cut, where the system can (not on Windows)."""
     if os.name != "posix":
         return

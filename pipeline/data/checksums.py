@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 
-__all__ = ["file_sha256"]
+__all__ = ["file_sha256", "text_sha256"]
 
 
 def file_sha256(path: Path | str) -> str:
@@ -21,3 +21,8 @@ def file_sha256(path: Path | str) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of `text` in UTF-8 as hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

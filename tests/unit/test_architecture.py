@@ -55,7 +55,11 @@ NUMPY_ONLY = (
     "fundus/morphometry.py",
     "fundus/phantom*.py",
 )
-NEEDS_TORCH = frozenset({"pipeline.data.readers"})  # subclasses MONAI's ImageReader
+# These are MONAI's readers, transforms and datasets, or pack what those make.
+NEEDS_TORCH = frozenset(
+    f"pipeline.data.{name}"
+    for name in ("cached_items", "crops", "persistent_cache", "readers", "transform_settings")
+)
 
 VAGUE = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "manager"})
 BROAD = frozenset({"Exception", "BaseException"})
