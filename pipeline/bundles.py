@@ -203,7 +203,6 @@ def load_bundle(
 
     from pipeline.hardware.devices import choose_device
     from pipeline.inference.loaded import LoadedBundle
-    from pipeline.training.checkpoints import load_weights
 
     if ckpt_path is not None:
         overrides["ckpt_path"] = str(ckpt_path)
@@ -215,8 +214,7 @@ def load_bundle(
         raise ConfigurationError(f"{name}: its inference.yaml names no ckpt_path: pass ckpt_path=")
     parser = ConfigParser(config)
     parser.update(settings)
-    parts = _build(parser, ["network", "preprocessing", "inferer", "postprocessing", "threshold"])
-    load_weights(parts["network"], checkpoint, parser.get_parsed_content("ckpt_path"))
+    parts = _build(parser, ["predictor", "preprocessing", "inferer", "postprocessing", "threshold"])
     return LoadedBundle(**parts, device=chosen)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.data.rasters import ImageHeader
 from pipeline.errors import InputError
 
-__all__ = ["read_tiff", "tiff_header"]
+__all__ = ["open_tiff", "read_tiff", "tiff_header"]
 
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _MASK, _YCBCR = 0, 1, 2, 3, 4, 6
 _READABLE = {_MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _MASK}
@@ -32,7 +32,7 @@ def tiff_header(path: Path, stream: BinaryIO) -> ImageHeader:
         InputError: pages are missing, cut short or differ, or the pixels are of a kind that
             would have to be guessed.
     """
-    with _strict(path), tifffile.TiffFile(stream, name=str(path)) as tiff:
+    with _strict(path), open_tiff(path, stream) as tiff:
         pages = _equal_pages(path, tiff)
         series = _only_series(path, tiff)
         for page in pages:
@@ -54,7 +54,7 @@ def read_tiff(path: Path, stream: BinaryIO, kind: str = "tiff") -> NDArray[Any]:
     Raises:
         InputError: the decoder found fault with it.
     """
-    with _strict(path), tifffile.TiffFile(stream, name=str(path)) as tiff:
+    with _strict(path), open_tiff(path, stream) as tiff:
         series = _only_series(path, tiff)
         # One worker: the decoder then reports in this thread, where it is heard.
         array = series.asarray(maxworkers=1)
@@ -64,6 +64,20 @@ def read_tiff(path: Path, stream: BinaryIO, kind: str = "tiff") -> NDArray[Any]:
     if array.shape != header.shape:
         raise InputError(f"{path}: decoded to {array.shape}, its header says {header.shape}")
     return array
+
+
+def open_tiff(path: Path, stream: BinaryIO) -> tifffile.TiffFile:
+    """Open a TIFF so that a stack written page by page is one stack.
+
+    tifffile's own writer describes each page of it as an array by itself.
+    """
+    tiff = tifffile.TiffFile(stream, name=str(path))
+    if not tiff.is_shaped:
+        return tiff
+    alone = [len(series.pages) == 1 for series in tiff.series]
+    stream.seek(0)  # opened again: its pages are now loaded as tifffile likes, not as we do
+    flags: dict[str, Any] = {"is_shaped": False} if len(alone) > 1 and all(alone) else {}
+    return tifffile.TiffFile(stream, name=str(path), **flags)
 
 
 @contextmanager

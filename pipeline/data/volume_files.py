@@ -59,10 +59,10 @@ def open_tiff(path: Path, key: str | None = None, *, check: bool = True) -> Sour
 
 def _tiff_source(path: Path, stream: BinaryIO) -> Source:
     """Return the source of the open file, which it closes in the end."""
-    from tifffile import TiffFile
+    from pipeline.data import tiffs
 
     stream.seek(0)
-    tiff = TiffFile(stream, name=str(path))
+    tiff = tiffs.open_tiff(path, stream)
     series = next(one for one in tiff.series if not one.keyframe.is_reduced)
     check_plain(path, series.keyframe)
     if series.axes[-2:] != "YX" or len(series.shape) != 3:

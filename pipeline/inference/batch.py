@@ -44,6 +44,8 @@ class BatchRun:
         model_path: the checkpoint file, whose hash is part of a sidecar.
         bundle: the bundle's name, for the summary.
         overwrite: compute every result again.
+        used: called when a result is written; plain data on what made it, for its sidecar, which
+            may differ between machines without making the result another one.
         files: keys of a case under which paths of further files stand that determine its result,
             such as a mask; an absent or empty one is no file.
 
@@ -62,12 +64,14 @@ class BatchRun:
         bundle: str,
         overwrite: bool = False,
         files: Sequence[str] = (),
+        used: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.output_dir = check_writable(Path(output_dir))
         self.files = tuple(files)
         self.bundle = bundle
         self.model_path = model_path
         self.settings = dict(settings)
+        self._used = used
         self.started = datetime.datetime.now(datetime.UTC)
         self._clock_s = time.monotonic()
         self.rows: list[dict[str, Any]] = []
@@ -104,7 +108,8 @@ class BatchRun:
         """
         row = {"image": name, **row}
         written = [path.relative_to(self.output_dir).as_posix() for path in results]
-        sidecar = {**self._origins[name], "settings": self.settings, **details}
+        sidecar = {**self._origins[name], "settings": self.settings, "used": self._used()}
+        sidecar |= details
         sidecar |= {"results": written, "row": row}
         write_json(self.path(name, ".json"), sidecar)
         self.rows.append(row)

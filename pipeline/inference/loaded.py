@@ -17,7 +17,7 @@ class LoadedBundle:
     """Preprocessing, network, inferer and postprocessing as one function of an image.
 
     Args:
-        network: with its weights.
+        predictor: the network with its weights, or several of them.
         preprocessing: from `{"image": array}` to a tensor `(C, H, W)` under `image`.
         inferer: called with a batch and the network.
         postprocessing: from logits under `pred`, beside what `preprocessing` left, to a probability
@@ -28,7 +28,7 @@ class LoadedBundle:
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        predictor: torch.nn.Module,
         *,
         preprocessing: Any,
         inferer: Any,
@@ -36,7 +36,7 @@ class LoadedBundle:
         threshold: float,
         device: torch.device,
     ) -> None:
-        self.network = network.to(device).eval()
+        self.predictor = predictor.to(device).eval()
         self.preprocessing = preprocessing
         self.inferer = inferer
         self.postprocessing = postprocessing
@@ -58,7 +58,7 @@ class LoadedBundle:
         try:
             case = self.preprocessing({"image": image})
             with torch.inference_mode():
-                logits = self.inferer(case["image"][None].to(self.device), self.network)
+                logits = self.inferer(case["image"][None].to(self.device), self.predictor)
                 result = self.postprocessing({**case, "pred": logits[0].cpu()})
         except RuntimeError as error:  # MONAI wraps what a transform raises
             failure = lamina_cause(error)

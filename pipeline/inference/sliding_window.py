@@ -2,95 +2,308 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
-from monai.inferers import Inferer, sliding_window_inference
-from torch import Tensor
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
 
 from pipeline.errors import ConfigurationError
+from pipeline.hardware import allocator
+from pipeline.inference.accumulation import Slab
+from pipeline.inference.backends import Backend
+from pipeline.inference.blending import WEIGHTS, Weights
+from pipeline.inference.passes import Passes
+from pipeline.inference.windows import Grid, Overlap, check_overlap, make_grid
 
 __all__ = ["SlidingWindow"]
+
+_tune_allocator_once = functools.cache(allocator.tune_allocator)
 
 
 class SlidingWindow(Inferer):
     """Run a network window by window and blend the overlaps.
 
-    A window is never larger than the image: an image that fits into one window is run once, as it
-    is, where MONAI's inferer would pad it to the window's size.
+    With `gaussian` weights the result is that of MONAI's SlidingWindowInferer, up to rounding. Sums
+    are float32, or float64 where the network gives that, whatever the input's type; neither the
+    input nor the network's outputs are written to.
 
     Args:
-        roi_size: largest window, in pixels or voxels per axis.
-        overlap: share of a window that its neighbour covers, in [0, 1).
-        weights: `gaussian` weights a window's middle more than its border, as MONAI's inferer does;
-            `constant` does not.
-        sw_batch_size: windows per forward pass.
+        roi_size: window, in pixels or voxels per axis.
+        overlap: share of a window that its neighbour covers, in [0, 1), or a whole number of
+            voxels; for all axes, or one per axis.
+        weights: `gaussian`, `separable` (faster and lighter, another result near the borders of
+            windows) or `constant`; see `Blending`.
+        sw_batch_size: windows per forward pass; `auto`: as many as memory allows.
+        even: spread the windows evenly instead of moving the last one inwards.
+        small: an image smaller than a window is padded and the result cropped (`pad`), or the
+            window shrinks to the image (`shrink`).
+        padding_mode: of `small: pad`, as in `torch.nn.functional.pad`; `constant` pads zeros.
+        skip_below: windows with no value above this are not run; None runs all.
+        empty_value: what windows that are not run predict, in every channel.
+        backend: what runs the network: `torch`, `openvino`, `onnxruntime`, `auto`, or a `Backend`
+            with settings of its own.
+        devices: several devices that share the windows; None: the input's.
+        accumulate_on: device of the sums; None: the input's. Where its memory runs out, the CPU.
+        tune_allocator: on a CPU, have glibc keep large blocks: twice as fast, same results, and
+            memory returns to the system when the process ends.
+        progress: show a bar on a terminal.
     """
 
     def __init__(
         self,
         roi_size: Sequence[int],
-        overlap: float = 0.25,
-        weights: Literal["gaussian", "constant"] = "gaussian",
-        sw_batch_size: int = 1,
+        overlap: Overlap = 0.25,
+        weights: Weights = "gaussian",
+        sw_batch_size: int | Literal["auto"] = 1,
+        *,
+        even: bool = False,
+        small: Literal["pad", "shrink"] = "pad",
+        padding_mode: str = "constant",
+        skip_below: float | None = None,
+        empty_value: float = 0.0,
+        backend: str | Backend = "torch",
+        devices: Sequence[str] | None = None,
+        accumulate_on: str | None = None,
+        tune_allocator: bool = True,
+        progress: bool = False,
     ) -> None:
-        if not 0 <= overlap < 1:
-            raise ConfigurationError(
-                f"overlap must be in [0, 1), got {overlap!r}; pass a fraction: 32 of 128 px is 0.25"
-            )
-        if weights not in ("gaussian", "constant"):
-            raise ConfigurationError(f"weights must be gaussian or constant, got {weights!r}")
         if min(roi_size, default=0) < 1:
             raise ConfigurationError(f"roi_size must be positive, got {list(roi_size)}")
-        if sw_batch_size < 1:
-            raise ConfigurationError(f"sw_batch_size must be at least 1, got {sw_batch_size!r}")
+        if weights not in WEIGHTS:
+            raise ConfigurationError(
+                f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}"
+            )
+        if sw_batch_size != "auto" and sw_batch_size < 1:
+            raise ConfigurationError(
+                f"sw_batch_size must be auto or at least 1, got {sw_batch_size!r}"
+            )
+        if small not in ("pad", "shrink"):
+            raise ConfigurationError(f"small must be pad or shrink, got {small!r}")
+        check_overlap(overlap, roi_size)
         self.roi_size = tuple(roi_size)
         self.overlap = overlap
         self.weights = weights
         self.sw_batch_size = sw_batch_size
+        self.even = even
+        self.small = small
+        self.padding_mode = padding_mode
+        self.skip_below = skip_below
+        self.empty_value = empty_value
+        self.backend = Backend(backend) if isinstance(backend, str) else backend
+        self.devices = devices
+        self.accumulate_on = accumulate_on
+        self.tune_allocator = tune_allocator
+        self.progress = progress
+        self._prepared: tuple[Any, list[Callable[[Tensor], Any]]] | None = None
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return the blended output for `inputs` `(B, C, *spatial)`.
+        self,
+        inputs: Tensor,
+        network: Callable[..., Any],
+        *args: Any,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the blended output for `inputs`.
 
-        Further arguments go to the network, with every window.
+        Args:
+            inputs: `(B, C, *spatial)` of any type.
+            network: from windows `(N, C, *roi)` to a tensor `(N, C', *roi)`, or a tuple or
+                dictionary of such tensors.
+            *args: go to the network, with every window.
+            mask: `(B, 1, *spatial)`; windows without a value other than 0 are not run.
+            **kwargs: go to the network, with every window.
+
+        Returns:
+            Tensors `(B, C', *spatial)` in the form the network gives them.
+
+        Raises:
+            ConfigurationError: `roi_size` does not suit the image, or the network's output is not
+                of the window's size.
+            ResourceError: one window does not fit into memory.
         """
         spatial = tuple(inputs.shape[2:])
+        grid = self.grid(spatial)
+        low = [(n - s) // 2 for n, s in zip(grid.size, spatial, strict=True)]
+        crop: Any = (..., *(slice(a, a + s) for a, s in zip(low, spatial, strict=True)))
+        image = self._padded(torch.as_tensor(inputs), grid.size)
+        where = None if mask is None else functional.pad(mask, _padding(mask, grid.size))
+        corner = [slice(0, p) for p in grid.roi]
+        first = image[(slice(0, 1), slice(None), *corner)]
+        passes = self.passes(network, first, args, kwargs)
+        blended = [
+            self._blend(image[b], None if where is None else where[b], grid, passes)
+            for b in range(len(image))
+        ]
+        outputs = [
+            torch.stack(parts) if len(parts) > 1 else parts[0][None]
+            for parts in zip(*blended, strict=True)
+        ]
+        if passes.structure is None:
+            raise RuntimeError("no window was run")
+        return passes.structure.restore([_like(out[crop], inputs) for out in outputs])
+
+    def _blend(
+        self, image: Tensor, mask: Tensor | None, grid: Grid, passes: Passes
+    ) -> list[Tensor]:
+        """Return the blended outputs `(C', *size)` of one image `(C, *size)`."""
+        slab = Slab(grid, self.weights, None, self.accumulate_on or image.device, self.empty_value)
+        passes.release = slab.move_to_cpu
+        starts = itertools.chain.from_iterable(map(grid.row, grid.starts[0]))
+        bar = tqdm(starts, total=grid.count, desc="windows", disable=not self.progress or None)
+        windows = ((start, self.cut(image, start, grid.roi, mask)) for start in bar)
+        for start, outputs in passes.run(windows):
+            if grid.count == 1 and outputs is not None:
+                return [_whole(output, image) for output in outputs]
+            slab.add(start, outputs)
+        if not slab.sums:  # nothing but empty windows: one tells how many channels there are
+            box = tuple(slice(0, p) for p in grid.roi)
+            ((_, outputs),) = passes.run([((), image[(slice(None), *box)])])
+            slab.begin(outputs or ())
+        return slab.take(slab.depth)
+
+    def cut(
+        self, image: Tensor, start: Sequence[int], roi: Sequence[int], mask: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the window `(C, *roi)` at `start`; None where it is empty."""
+        box = (slice(None), *(slice(s, s + p) for s, p in zip(start, roi, strict=True)))
+        window = image[box]
+        if mask is not None and not mask[box].any():
+            return None
+        if self.skip_below is not None and not bool((window > self.skip_below).any()):
+            return None
+        return window
+
+    def _padded(self, image: Tensor, size: Sequence[int]) -> Tensor:
+        if tuple(image.shape[2:]) == tuple(size):
+            return image
+        return functional.pad(image, _padding(image, size), self.padding_mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the networks made ready, which another process prepares for itself."""
+        return {**self.__dict__, "_prepared": None}
+
+    def grid(self, spatial: Sequence[int]) -> Grid:
+        """Return the windows over an image of `spatial` size, which may be padded to hold one."""
         if len(spatial) != len(self.roi_size):
             raise ConfigurationError(
                 f"roi_size {list(self.roi_size)} has {len(self.roi_size)} axes, the image "
                 f"{list(spatial)} has {len(spatial)}; give one size per axis"
             )
-        roi = tuple(min(r, s) for r, s in zip(self.roi_size, spatial, strict=True))
-        output: Any
-        if roi == spatial:
-            output = network(inputs, *args, **kwargs)
-        else:
-            output = sliding_window_inference(
-                inputs,
-                roi,
-                self.sw_batch_size,
-                # Bound here: behind `weights` MONAI's function has settings of its own.
-                partial(_call, network, args, kwargs),
-                self.overlap,
-                self.weights,
-            )
-        blended: Tensor = output
-        return blended
+        if self.small == "pad":
+            size = [max(pair) for pair in zip(self.roi_size, spatial, strict=True)]
+            return make_grid(size, self.roi_size, self.overlap, even=self.even)
+        roi = [min(pair) for pair in zip(self.roi_size, spatial, strict=True)]
+        overlaps = check_overlap(self.overlap, self.roi_size)
+        # Along an axis where the window shrinks it stands alone.
+        shares = [o if r == n else 0 for o, r, n in zip(overlaps, roi, self.roi_size, strict=True)]
+        return make_grid(spatial, roi, shares, even=self.even)
+
+    def passes(
+        self,
+        network: Callable[..., Any],
+        window: Tensor,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Passes:
+        """Return what runs `network` on windows: by the backend, in the network's own type.
+
+        Args:
+            network: a module, or any function of windows.
+            window: one of them, `(1, C, *roi)`.
+            args: further arguments of the network.
+            kwargs: further arguments of the network.
+        """
+        if self.tune_allocator and window.device.type == "cpu":
+            _tune_allocator_once()
+        if args or kwargs:
+            network = functools.partial(_call_with, network, args, kwargs or {})
+        dtype = _dtype_for(network, window)
+        devices = [torch.device(d) for d in self.devices or [str(window.device)]]
+        key = (network, _versions(network))
+        if self._prepared is None or self._prepared[0] != key:
+            window = window.to(dtype)
+            replicas = [network] + [copy.deepcopy(network) for _ in devices[1:]]
+            ready = [
+                self.backend.prepare(_moved(replica, device), window.to(device))
+                for replica, device in zip(replicas, devices, strict=True)
+            ]
+            self._prepared = key, ready
+        predictors = [functools.partial(_call_as, run, dtype) for run in self._prepared[1]]
+        return Passes(predictors, devices, self.sw_batch_size)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was asked for and determines the result, as plain data.
+
+        What the backend made of it stands in `backend.settings()`.
+        """
+        return {
+            "roi_size": list(self.roi_size),
+            "overlap": list(self.overlap) if isinstance(self.overlap, Sequence) else self.overlap,
+            "weights": self.weights,
+            "even": self.even,
+            "small": self.small,
+            "padding_mode": self.padding_mode,
+            "skip_below": self.skip_below,
+            "empty_value": self.empty_value,
+            "backend": self.backend.request(),
+        }
 
 
-def _call(
+def _padding(image: Tensor, size: Sequence[int]) -> list[int]:
+    """Return the padding of `image` to `size`, last axis first: half on either side."""
+    lacks = [n - s for n, s in zip(size, image.shape[2:], strict=True)]
+    return [side for lack in reversed(lacks) for side in (lack // 2, lack - lack // 2)]
+
+
+def _whole(output: Tensor, image: Tensor) -> Tensor:
+    """Return the output of a window that is the image, in a type and memory of its own."""
+    own = output.to(torch.promote_types(output.dtype, torch.float32))
+    aliased = own.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
+    return own.clone() if aliased else own
+
+
+def _like(output: Tensor, inputs: Tensor) -> Tensor:
+    """Return `output` with the metadata of `inputs`, where it has any."""
+    if not isinstance(inputs, MetaTensor):
+        return output
+    described: MetaTensor = MetaTensor(output).copy_meta_from(inputs, copy_attr=False)
+    return described
+
+
+def _call_with(
     network: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], window: Tensor
 ) -> Any:
-    output = network(window, *args, **kwargs)
-    # MONAI weights what it gets in place, and the window is a view of the image: a network that
-    # passes its input on would have the image weighted too.
-    if isinstance(output, Tensor) and _storage(output) == _storage(window):
-        return output.clone()
-    return output
+    return network(window, *args, **kwargs)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _call_as(run: Callable[[Tensor], Any], dtype: torch.dtype, windows: Tensor) -> Any:
+    return run(windows.to(dtype))
+
+
+def _moved(network: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    return network.to(device) if isinstance(network, nn.Module) else network
+
+
+def _dtype_for(network: Callable[..., Any], window: Tensor) -> torch.dtype:
+    """Return the type in which `network` takes windows: its parameters', else float32 at least."""
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float64 if window.dtype == torch.float64 else torch.float32
+
+
+def _versions(network: Callable[..., Any]) -> tuple[int, ...]:
+    """Return counts that change with the weights: an exported network does not follow them."""
+    if not isinstance(network, nn.Module):
+        return ()
+    return tuple(0 if p.is_inference() else p._version for p in network.parameters())

@@ -41,6 +41,21 @@ TRAINING_IDS = INFERENCE_IDS | {
     "accumulation_steps",
     "learning_rate",
 }
+# How inference computes, not what: the same words in every bundle.
+ENGINE_IDS = {
+    "backend",
+    "precision",
+    "compile",
+    "devices",
+    "sw_batch_size",
+    "flip_axes",
+    "turn_planes",
+    "ensemble",
+    "average_in",
+    "tune_allocator",
+    "overwrite",
+}
+SLIDING_WINDOW = "pipeline.inference.sliding_window.SlidingWindow"
 EVALUATION_IDS = {"split", "save_predictions", "threshold"}
 
 
@@ -258,9 +273,25 @@ def test_a_workflow_has_the_ids_that_every_bundle_has(combination):
     demanded = {
         "train": TRAINING_IDS,
         "evaluate": TRAINING_IDS | EVALUATION_IDS,
-        "inference": INFERENCE_IDS | {"threshold"},
+        "inference": INFERENCE_IDS | ENGINE_IDS | {"threshold"},
     }[combination.workflow]
     assert sorted((demanded | CHECKPOINT_IDS) - config.keys()) == []
+
+
+def test_inference_goes_through_the_engine(combination):
+    """The house's windows, backends, ensembles, augmentation and batch runs, in every bundle."""
+    config = combination.config
+    if combination.workflow == "inference":
+        assert config["inferer"]["_target_"] == SLIDING_WINDOW
+        assert config["runner"]["_target_"] == "pipeline.inference.backends.Backend"
+        assert config["predictor"]["_target_"] == "pipeline.inference.test_time.FlipsAndTurns"
+        assert config["members"].startswith("$load_ensemble(")
+        assert config["batch"]["_target_"] == "pipeline.inference.batch.BatchRun"
+        used = set().union(*references(definition(config, "evaluator", "batch")).values())
+        assert {"predictor", "members", "inferer", "runner"} <= used
+        assert config["evaluator"]["network"] == "@predictor"
+    else:
+        assert config["validate"]["inferer"]["_target_"] == SLIDING_WINDOW
 
 
 def test_a_workflow_runs_by_its_own_name_too(combination):

@@ -47,6 +47,15 @@ def as_tiff(array: NDArray[Any], **kw: Any) -> bytes:
     return stream.getvalue()
 
 
+def page_by_page(stack: NDArray[Any]) -> bytes:
+    """Write each page by a call of its own, as a loop over slices does."""
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        for page in stack:
+            writer.write(page, photometric="minisblack", compression="lzw")
+    return stream.getvalue()
+
+
 def palette_image(palette: list[int]) -> Image.Image:
     image = Image.fromarray((GRAY > 100).astype(np.uint8), "L")
     image = image.convert("P")
@@ -104,6 +113,7 @@ CASES: dict[str, tuple[bytes, NDArray[Any]]] = {
     "stack.tif": (as_tiff(STACK), STACK),
     "stack_lzw.tif": (as_tiff(STACK, compression="lzw"), STACK),
     "stack_without_metadata.tif": (as_tiff(STACK, metadata=None), STACK),
+    "stack_page_by_page.tif": (page_by_page(STACK), STACK),
     "stack_of_four.tif": (as_tiff(STACK[:4]), STACK[:4]),
     "stack_of_three_wide.tif": (as_tiff(STACK[..., :3]), STACK[..., :3]),
     "imagej.tif": (as_tiff(STACK, imagej=True, metadata={"axes": "ZYX"}), STACK),
