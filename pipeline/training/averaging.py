@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from pipeline.errors import ConfigurationError
+from pipeline.training.batch_norm import renew_batch_norm
 from pipeline.training.ordering import OrderedBatches
-from pipeline.training.processes import Validation, sum_over_processes
+from pipeline.training.processes import Validation, share_statistics
+from pipeline.training.schedules import LOWERED
 
-__all__ = ["AveragedNetwork", "EMAHandler", "SWAHandler", "renew_batch_norm"]
+__all__ = ["AveragedNetwork", "EMAHandler", "SWAHandler"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class EMAHandler:
         length = engine.state.epoch_length
         within = (engine.state.iteration - 1) % length + 1 if length else engine.state.iteration
         if within % self.accumulation_steps == 0 or within == length:
+            share_statistics(self.network)  # so that all processes average the same
             self._update(engine, within)
 
     def _update(self, engine: Engine, within: int) -> None:
@@ -123,7 +125,7 @@ class EMAHandler:
 class SWAHandler(EMAHandler):
     """Stochastic weight averaging: average the end of training, at a learning rate of its own.
 
-    List it among `train::handlers` after the LrScheduleHandler and before the ValidationHandler.
+    List it among `train::handlers` after the ScheduleHandler and before the ValidationHandler.
     Until the first update the average is the plain network, after every step, so that validating
     it means something from the first epoch on; all that a resumed run needs is in the states of
     `average` and `optimizer`.
@@ -233,10 +235,11 @@ class SWAHandler(EMAHandler):
         share = (1 - math.cos(math.pi * moved)) / 2
         for group in self.optimizer.param_groups:
             # As a step begins, that is the first time, `lr` is still the schedule's.
-            before = group.setdefault(_RATE_BEFORE, float(group["lr"]))
-            group["lr"] = self.learning_rate * share + before * (1 - share)
+            lowered = group.get(LOWERED, 1.0)  # by going back to the best weights
+            before = group.setdefault(_RATE_BEFORE, float(group["lr"]) / lowered)
+            group["lr"] = (self.learning_rate * share + before * (1 - share)) * lowered
 
-    def _finish(self, engine: Engine) -> None:
+    def _finish(self, engine: Any) -> None:
         updates = int(self.average.n_averaged)
         if not updates:
             logger.warning(
@@ -246,7 +249,10 @@ class SWAHandler(EMAHandler):
             return
         layers = 0
         if self.loader is not None:
-            layers = renew_batch_norm(self.average.module, self._outputs(engine))
+            averaged = self.average.module
+            layers = renew_batch_norm(
+                averaged, self._batches(engine), lambda inputs: engine.inferer(inputs, averaged)
+            )
         logger.info(
             "averaged %d sets of weights; statistics of %d batch norm layers computed anew",
             updates, layers,
@@ -256,8 +262,8 @@ class SWAHandler(EMAHandler):
             figures = self.validator.state.metrics.items()
             logger.info("averaged: %s", " ".join(f"{k} {float(v):.4f}" for k, v in figures))
 
-    def _outputs(self, engine: Any) -> Iterator[Tensor]:
-        """Pass the batches of the epoch that ended through the averaged network, one by one."""
+    def _batches(self, engine: Any) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the inputs of the epoch that ended, and whether they are this process's own."""
         batches = getattr(self.loader, "batch_sampler", None)
         if not isinstance(batches, OrderedBatches):
             batches = None
@@ -265,61 +271,16 @@ class SWAHandler(EMAHandler):
         if batches:  # whole, and the same in a run that was resumed within its last epoch
             batches.begin(engine.state.epoch)
         try:
-            for batch in itertools.islice(self.loader or (), self.norm_batches):
+            for number, batch in enumerate(itertools.islice(self.loader or (), self.norm_batches)):
                 inputs = engine.prepare_batch(
                     batch, engine.state.device, engine.non_blocking, **engine.to_kwargs
                 )[0]
-                yield engine.inferer(inputs, self.average.module)
+                yield inputs, batches is None or _has_items(batches, number)
         finally:
             if batches:
                 batches.begin(*place)
 
 
-@torch.no_grad()
-def renew_batch_norm(network: nn.Module, outputs: Iterable[Any]) -> int:
-    """Compute the running statistics of batch norm anew, as means over batches.
-
-    Unlike torch's `update_bn` it leaves frozen layers alone, which would keep reset statistics,
-    and dropout off, so that statistics are those of evaluation and nothing is drawn. Of several
-    processes each passes its share of the batches, and all get the means over all of them.
-
-    Args:
-        network: its layers' statistics are replaced; modes of its modules stay.
-        outputs: passes a batch through `network` whenever an item is taken; not touched where
-            there is no batch norm to renew.
-
-    Returns:
-        The number of layers with new statistics.
-    """
-    modes = [(module, module.training) for module in network.modules()]
-    network.train()
-    layers = [
-        module
-        for module in network.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
-    ]
-    momenta = [layer.momentum for layer in layers]
-    network.eval()
-    try:
-        for layer in layers:
-            layer.train()
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean of all batches
-        for _ in outputs if layers else ():
-            pass
-        for layer in layers:
-            _mean_over_processes(layer.running_mean)
-            _mean_over_processes(layer.running_var)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    return len(layers)
-
-
-def _mean_over_processes(statistic: Tensor | None) -> None:
-    if statistic is not None:
-        count, *sums = sum_over_processes([1, *statistic.tolist()])
-        if count > 1:
-            statistic.copy_(torch.tensor(sums) / count)
+def _has_items(batches: OrderedBatches, number: int) -> bool:
+    """Return whether a process has items of its own in an epoch's batch, or only fills a place."""
+    return batches.items - number * batches.batch_size * batches.processes > batches.rank

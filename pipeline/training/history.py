@@ -17,6 +17,7 @@ from pipeline.data.atomic import write_yaml
 from pipeline.training.epoch_metrics import BatchMetrics
 from pipeline.training.monitor import Monitor
 from pipeline.training.processes import from_writer, is_writer
+from pipeline.training.roll_back import RollBack
 from pipeline.training.throughput import SPEED_PREFIX
 
 __all__ = ["History", "read_history"]
@@ -38,9 +39,9 @@ class History:
     List it among `train::handlers` after the ValidationHandler and before whatever reads
     `trainer.state.new_best`: it brings the monitor with it. An epoch's entry has `epoch`, `train`
     (`loss`, ...), `learning_rate`, `seconds`, `new_best`, `speed` where a `Throughput` is listed
-    before, and `val` where the epoch was validated: `val_loss`, `val_dice`, ... A resumed run keeps
-    the entries of the epochs before it. Of several processes the first one writes, and the others
-    get its metrics, which are those of its share.
+    before, `rolled_back_to` where the epoch was undone, and `val` where it was validated:
+    `val_loss`, `val_dice`, ... A resumed run keeps the entries of the epochs before it. Of several
+    processes the first one writes, and the others get its metrics, which are those of its share.
 
     Args:
         path: the YAML file, written whole after every epoch.
@@ -49,6 +50,8 @@ class History:
         optimizer: whose first group's learning rate is recorded.
         batch_metrics: puts the epoch's training figures into the trainer's metrics; attached here
             like the monitor. None where something else does.
+        roll_back: undoes an epoch that is much worse; attached here, between the monitor and the
+            record. None where there is none.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class History:
         monitor: Monitor,
         optimizer: Optimizer,
         batch_metrics: BatchMetrics | None = None,
+        roll_back: RollBack | None = None,
     ) -> None:
         self.path = Path(path)
         self.monitor = monitor
         self.optimizer = optimizer
         self.batch_metrics = batch_metrics
+        self.roll_back = roll_back
         self.epochs: list[dict[str, Any]] = []
         self._epoch_started_s = 0.0
 
@@ -70,6 +75,8 @@ class History:
         if self.batch_metrics is not None:
             self.batch_metrics.attach(engine)
         self.monitor.attach(engine)
+        if self.roll_back is not None:
+            self.roll_back.attach(engine)
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.record)
 
@@ -100,6 +107,8 @@ class History:
             if key.startswith(SPEED_PREFIX)
         }:
             entry["speed"] = speed
+        if rolled_back := getattr(engine.state, "rolled_back", None):
+            entry["rolled_back_to"] = int(rolled_back["epoch"])
         if self.monitor.validated(engine):
             metrics = self.monitor.validator.state.metrics
             entry["val"] = {key: _rounded(value) for key, value in metrics.items()}
@@ -117,6 +126,8 @@ class History:
             parts += [_figures("val", validated)]
             parts += ["new best" if entry["new_best"] else self._best()]
             parts += [self.monitor.countdown()]
+        if "rolled_back_to" in entry:
+            parts += [f"back to epoch {entry['rolled_back_to']}"]
         parts += [f"lr {entry['learning_rate']:.2e}", f"{entry['seconds']:.1f} s"]
         if "speed" in entry:
             parts += [_speed(entry["speed"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -95,8 +96,22 @@ def shielded_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_obey, args=(_run_process(),), daemon=True).start()
+    threading.Thread(target=_end_with_run, daemon=True).start()
     worker_init_fn(worker_id)  # what MONAI's DataLoader does where no other function is given
+
+
+def _run_process() -> int:
+    """Return the process whose worker this is, which a fork server only stands in for."""
+    parent = multiprocessing.parent_process()
+    return os.getppid() if parent is None or parent.pid is None else parent.pid
+
+
+def _end_with_run() -> None:
+    """End this process when its run is gone, killed for instance."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _obey(process: int) -> None:

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine
 from monai.handlers import ValidationHandler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import ConfigurationError, LaminaError
 
@@ -34,6 +36,7 @@ __all__ = [
     "is_writer",
     "join_processes",
     "leave_processes",
+    "share_statistics",
     "share_weights",
     "sum_gradients",
     "sum_over_processes",
@@ -86,6 +89,8 @@ def join_processes(device: str = "auto", timeout_minutes: float = 240) -> Proces
         # gloo beside nccl: plain values travel without touching a GPU
         backend = "gloo" if chosen == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        # Else ignite does it when one process first asks it for its rank, and waits for the others.
+        idist.sync()
     if rank > 0:  # one voice on the screen; warnings of every process are heard
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("pipeline").setLevel(logging.WARNING)
@@ -115,12 +120,28 @@ def _own_device(request: str) -> str:
 def leave_processes() -> None:
     """Wait for the other processes and let go of them, at the end of a run."""
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        _together(dist.barrier)
         dist.destroy_process_group()
+        idist.sync()
 
 
 def _count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _together(collective: Callable[..., object], *arguments: Any, **settings: Any) -> None:
+    """Call a collective operation of `torch.distributed`, which all processes call at this place.
+
+    Raises:
+        LaminaError: another process is gone.
+    """
+    try:
+        collective(*arguments, **settings)
+    except RuntimeError as error:  # gloo has no type of its own
+        raise LaminaError(
+            f"process {dist.get_rank()} has lost another one, whose own message says why; started "
+            "again with resume: auto, the run goes on from its last checkpoint"
+        ) from error
 
 
 def is_writer() -> bool:
@@ -144,7 +165,7 @@ def from_writer(make: Callable[[], T]) -> T:
         if is_writer():
             sent = [make(), True]
     finally:  # the others are told of a failure too, or they would wait for hours
-        dist.broadcast_object_list(sent, src=0)
+        _together(dist.broadcast_object_list, sent, src=0)
     if not sent[1]:
         raise LaminaError("process 0 has stopped; its own message says why")
     made: T = sent[0]
@@ -156,7 +177,7 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     if _count() == 1:
         return [float(value) for value in values]
     sums = torch.tensor(list(values), dtype=torch.float64)
-    dist.all_reduce(sums)
+    _together(dist.all_reduce, sums)
     return [float(value) for value in sums.tolist()]
 
 
@@ -170,7 +191,7 @@ def texts_of_processes(text: str) -> list[str]:
     texts: list[str] = [text]
     if _count() > 1:
         gathered: list[Any] = [None] * _count()
-        dist.all_gather_object(gathered, text)
+        _together(dist.all_gather_object, gathered, text)
         texts = gathered
     return [text for text in texts if text]
 
@@ -190,7 +211,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], used: Sequence[bool]) -> N
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        dist.all_reduce(flat)
+        _together(dist.all_reduce, flat)
         parts = flat.split([gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view(gradient.shape))
@@ -232,8 +253,31 @@ def share_weights(network: nn.Module, iteration: int) -> None:
         )
     for tensor in (*network.parameters(), *network.buffers()):
         shared = tensor.contiguous()
-        dist.broadcast(shared, src=0)
+        _together(dist.broadcast, shared, src=0)
         tensor.copy_(shared)
+
+
+@torch.no_grad()
+def share_statistics(network: nn.Module) -> None:
+    """Give every process the means over all of them of batch norm's running statistics.
+
+    Each process sees its share of the samples. What is not renewed in training, such as frozen
+    layers and constant buffers, is the same in all of them and stays as it is.
+    """
+    if _count() == 1:
+        return
+    found = [
+        statistic
+        for layer in network.modules()
+        if isinstance(layer, _BatchNorm) and layer.training
+        for statistic in (layer.running_mean, layer.running_var)
+        if statistic is not None
+    ]
+    for bucket in _buckets(found):
+        flat = torch.cat(bucket)
+        _together(dist.all_reduce, flat)
+        for statistic, total in zip(bucket, flat.split([s.numel() for s in bucket]), strict=True):
+            statistic.copy_(total / _count())
 
 
 class Validation(ValidationHandler):

@@ -230,7 +230,11 @@ class CheckpointHandler:
 
     def _content(self, engine: Engine, network: nn.Module) -> dict[str, Any]:
         metrics: dict[str, float] = {}
-        if self.monitor.validated(engine):
+        # The weights are those of another epoch then, and so is what is known of them.
+        if rolled_back := getattr(engine.state, "rolled_back", None):
+            metrics = dict(rolled_back["metrics"])
+            self._threshold = float(rolled_back["threshold"])
+        elif self.monitor.validated(engine):
             metrics = {k: float(v) for k, v in self.monitor.validator.state.metrics.items()}
             self._threshold = metrics.get("threshold", self._threshold)
         return {

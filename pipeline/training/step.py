@@ -117,6 +117,7 @@ class TrainingStep:
         self._group: list[_Batch] = []
         self._not_finite = ""  # what was found in the present group
         self._parameters: list[torch.nn.Parameter] = []
+        self._buffers: list[Tensor] = []  # before the group, where one may be left out
         self._begun = False
         self._noted = False
 
@@ -144,6 +145,8 @@ class TrainingStep:
         if place.first:
             self._group, self._not_finite = [], ""
             engine.optimizer.zero_grad(set_to_none=True)
+            if self.skip_not_finite:
+                self._buffers = [buffer.clone() for buffer in engine.network.buffers()]
         if not engine.network.training:  # it walks the whole network
             engine.network.train()
         self._group.append(_Batch(inputs, targets, names, 0 if place.filler else len(inputs)))
@@ -313,8 +316,10 @@ class TrainingStep:
         return True
 
     def _leave_out(self, engine: Any) -> None:
-        """Drop the group's gradient, or stop the run."""
+        """Drop the group's gradient and what its forward passes left behind, or stop the run."""
         engine.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(engine.network.buffers(), self._buffers, strict=False):
+            buffer.copy_(before)  # running statistics of batch norm
         self.skipped += 1
         found = self._not_finite
         if self.processes > 1:

@@ -13,6 +13,7 @@ from pipeline.bundles import bundle_configs
 from pipeline.training.checkpoints import read_checkpoint
 
 OVERLAY = "multi_gpu_train"
+AVERAGING = "swa"  # all processes renew statistics together when training ends
 
 
 @pytest.mark.cli
@@ -20,7 +21,9 @@ def test_a_run_of_two_processes_leaves_one_set_of_files_that_one_process_resumes
     bundle, dataset, tmp_path
 ):
     configs = bundle_configs(bundle.root)
-    files = [str(configs["train"]), str(configs["overlays"][OVERLAY])]
+    averaging = tuple(name for name in (AVERAGING,) if name in configs["overlays"])
+    overlays = [configs["overlays"][name] for name in (*averaging, OVERLAY)]
+    files = [str(path) for path in (configs["train"], *overlays)]
     settings = {**bundle.case.training, **bundle.case.frame, "batch_size": 1, "max_epochs": 1}
     settings |= {"dataset_dir": dataset, "output_dir": tmp_path / "run"}
     settings |= {"device": "cpu", "tune_allocator": False}
@@ -41,10 +44,11 @@ def test_a_run_of_two_processes_leaves_one_set_of_files_that_one_process_resumes
     assert len(events) == 1
     last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert not any(name.startswith("module.") for name in last["model"])
+    assert log.count("computed anew") == 1
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "swa.pt")["epoch"] == 1
 
-    bundle.run(
-        "train", dataset_dir=dataset, output_dir=tmp_path / "run", batch_size=2, max_epochs=2
-    )
+    settings = {"dataset_dir": dataset, "output_dir": tmp_path / "run"}
+    bundle.run("train", averaging, **settings, batch_size=2, max_epochs=2)
     history = yaml.safe_load((tmp_path / "run" / "metrics_history.yaml").read_text("utf-8"))
     assert [entry["epoch"] for entry in history] == [1, 2]
 

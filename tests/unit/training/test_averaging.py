@@ -13,8 +13,7 @@ from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigurationError
-from pipeline.training.averaging import AveragedNetwork, EMAHandler, renew_batch_norm
-from pipeline.training.finetuning import freeze_parameters
+from pipeline.training.averaging import AveragedNetwork, EMAHandler
 
 
 class Normalised(nn.Module):
@@ -204,79 +203,3 @@ def test_handler_counts_groups_within_the_epoch() -> None:
     EMAHandler(Recording(network), network, accumulation_steps=2).attach(engine)
     engine.run([0] * 3, max_epochs=2)
     assert updates == [2, 3, 5, 6]
-
-
-def passed(network: nn.Module, batches: list[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        yield network(batch)
-
-
-def images(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(4, 1, 6, 6, generator=generator) for _ in range(count)]
-
-
-def test_renewed_statistics_are_the_means_over_the_batches() -> None:
-    network = Normalised()
-    batches = images(3)
-    assert renew_batch_norm(network, passed(network, batches)) == 1
-    with torch.no_grad():
-        features = [network.convolution(batch) for batch in batches]
-    mean = torch.stack([f.mean((0, 2, 3)) for f in features]).mean(0)
-    variance = torch.stack([f.var((0, 2, 3)) for f in features]).mean(0)
-    torch.testing.assert_close(network.norm.running_mean, mean)
-    torch.testing.assert_close(network.norm.running_var, variance)
-
-
-def test_renewing_statistics_agrees_with_torch() -> None:
-    ours, theirs = Normalised(), Normalised()
-    renew_batch_norm(ours, passed(ours, images(3)))
-    torch.optim.swa_utils.update_bn(images(3), theirs)
-    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_renewing_statistics_changes_nothing_else(training: bool) -> None:
-    network = nn.Sequential(Normalised(), nn.Dropout(0.5)).train(training)
-    network[0].last.eval()
-    before = {k: v.clone() for k, v in network.named_parameters()}
-    modes = [module.training for module in network.modules()]
-    drawn = torch.get_rng_state()
-    renew_batch_norm(network, passed(network, images(2)))
-    assert [module.training for module in network.modules()] == modes
-    assert network[0].norm.momentum == 0.1
-    assert torch.equal(torch.get_rng_state(), drawn)  # dropout is off
-    torch.testing.assert_close(dict(network.named_parameters()), before, rtol=0, atol=0)
-
-
-def test_frozen_layers_keep_their_statistics() -> None:
-    network = nn.Sequential(Normalised(), nn.BatchNorm2d(1))
-    network[0].norm.running_mean.fill_(2.0)
-    freeze_parameters(network, ["0"])
-    average = AveragedNetwork(network)
-    assert renew_batch_norm(average.module, passed(average.module, images(2))) == 1
-    assert average.module[0].norm.running_mean.tolist() == [2.0, 2.0]
-    assert average.module[1].running_mean.item() != 0.0
-
-
-def test_without_batch_norm_no_batch_is_read() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2, track_running_stats=True))
-
-    def outputs() -> Iterator[Tensor]:
-        pytest.fail("a batch was read")
-        yield torch.empty(0)
-
-    assert renew_batch_norm(network, outputs()) == 0
-
-
-def test_modes_are_put_back_after_a_batch_that_fails() -> None:
-    network = Normalised()
-
-    def outputs() -> Iterator[Tensor]:
-        yield network(images(1)[0])
-        raise OSError
-
-    with pytest.raises(OSError):  # noqa: PT011 - nothing but the type is ours
-        renew_batch_norm(network, outputs())
-    assert network.norm.momentum == 0.1
-    assert network.norm.training

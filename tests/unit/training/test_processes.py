@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import pytest
 import torch
 from hypothesis import given
@@ -23,16 +21,6 @@ from pipeline.training.ordering import DataOrder, KeyedDataset, OrderedBatches
 from pipeline.training.step import TrainingStep
 
 SAMPLES = 13  # by 6: the last batch has one, and nothing for the second process
-
-# What each of two processes runs; the scenarios are the functions below of the same name.
-SCRIPT = """
-import importlib.util, os, sys
-spec = importlib.util.spec_from_file_location("scenarios", sys.argv[1])
-scenarios = importlib.util.module_from_spec(spec)
-sys.modules["scenarios"] = scenarios
-spec.loader.exec_module(scenarios)
-scenarios.act(sys.argv[2])
-"""
 
 
 class NoTransform:
@@ -122,7 +110,13 @@ def fails_at(network: nn.Module, call: int) -> None:
     network.norm.register_forward_hook(hook)
 
 
-# Scenarios: what one of two processes does, and what it returns to the test
+# Scenarios, the first thing that two processes do; what one returns is for the test
+
+
+def asking_ignite_alone(mine: processes.Processes) -> Any:
+    """Before anything else, since the first question is the one that would wait."""
+    found = idist.get_rank() if mine.rank == 0 else None
+    return found, processes.any_process(mine.rank == 0)
 
 
 def training(mine: processes.Processes) -> Any:
@@ -194,15 +188,27 @@ def plain_values(mine: processes.Processes) -> Any:
     )
 
 
+def statistics(mine: processes.Processes) -> Any:
+    network = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    network.register_buffer("constant", torch.tensor(1.0 + mine.rank))
+    network[0](torch.full((2, 2, 3, 3), 1.0 + mine.rank))
+    network[1].running_mean += mine.rank
+    network[1].eval()  # frozen
+    processes.share_statistics(network)
+    return dict(network.state_dict())
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
+        asking_ignite_alone,
         training,
         out_of_memory_in_one,
         not_finite_in_one,
         validation,
         failure_of_the_writer,
         different_iterations,
+        statistics,
         plain_values,
     )
 }
@@ -218,28 +224,13 @@ def act(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(
+    run_in_two: Callable[..., list[tuple[int, str]]], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    ended = run_in_two(__file__, folder)
+    assert [code for code, _ in ended] == [0, 0], ended
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -305,6 +296,22 @@ def test_plain_values_travel(found: Any) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.cli
+def test_one_process_may_ask_ignite_for_its_rank(found: Any) -> None:
+    assert [each["asking_ignite_alone"] for each in found] == [(0, True), (None, True)]
+
+
+@pytest.mark.cli
+def test_running_statistics_become_the_means_of_all_processes(found: Any) -> None:
+    one, other = (each["statistics"] for each in found)
+    for state in (one, other):
+        assert state["0.running_mean"].tolist() == pytest.approx([0.15, 0.15])
+        assert state["0.num_batches_tracked"] == 1
+    assert torch.equal(one["0.running_var"], other["0.running_var"])
+    assert other["1.running_mean"].tolist() == [1.0, 1.0]  # not renewed in training
+    assert (one["constant"], other["constant"]) == (1.0, 2.0)
+
+
 # One process
 
 
@@ -318,6 +325,10 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     assert processes.any_process(True)
     assert processes.texts_of_processes("a") == ["a"]
     assert processes.texts_of_processes("") == []
+    network = nn.BatchNorm2d(2)
+    network.running_mean.fill_(0.5)
+    processes.share_statistics(network)
+    assert network.running_mean.tolist() == [0.5, 0.5]
     processes.leave_processes()
 
 

@@ -1,7 +1,8 @@
-"""Schedules under MONAI's LrScheduleHandler: their course, and that a resumed run keeps to it."""
+"""Schedules under the ScheduleHandler: their course, and that a resumed run keeps to it."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, ValidationHandler
+from monai.handlers import ValidationHandler
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from pipeline.errors import ConfigurationError
 from pipeline.training.checkpoints import read_checkpoint, write_checkpoint
-from pipeline.training.schedules import ValidatedPlateau, warm_up, with_own_length
+from pipeline.training.schedule_handler import ScheduleHandler
+from pipeline.training.schedules import (
+    LOWERED,
+    ValidatedPlateau,
+    one_cycle,
+    scale_rates,
+    warm_up,
+    with_own_length,
+)
+from pipeline.training.step import TrainingStep
 
 EPOCHS, LENGTH = 4, 3
 STEPS = EPOCHS * LENGTH
@@ -73,7 +85,8 @@ class Run:
 
     path: Path
     make: Make
-    epoch_level: bool = False
+    unit: Any = "update"
+    accumulation: int = 1
     stop_after: int = 999
     dice: tuple[float, ...] = (0.5, 0.4, 0.4, 0.3)
     interval: int = 1
@@ -92,7 +105,7 @@ class Run:
         self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.score)
         self.schedule = self.make(self.optimizer, self.evaluator)
         self.rates: list[float] = []
-        handler = LrScheduleHandler(self.schedule, print_lr=True, epoch_level=self.epoch_level)
+        handler = ScheduleHandler(self.schedule, self.unit, self.accumulation)
         handlers = [handler, ValidationHandler(self.interval, self.evaluator)]
         self.trainer = SupervisedTrainer(
             device=torch.device("cpu"),
@@ -101,6 +114,7 @@ class Run:
             network=self.network,
             optimizer=self.optimizer,
             loss_function=nn.MSELoss(),
+            iteration_update=TrainingStep(self.accumulation, 1, LENGTH),
             decollate=False,
             train_handlers=handlers if self.order == "before" else handlers[::-1],
         )
@@ -155,16 +169,23 @@ class Run:
         return self.start()
 
 
-@pytest.mark.parametrize("stop_after", [4, 6])
-@pytest.mark.parametrize("epoch_level", [False, True])
+@pytest.mark.parametrize(
+    ("unit", "accumulation", "stop_after"),
+    [
+        ("update", 1, 4),
+        ("update", 2, 5),  # within an epoch, after its first group
+        ("update", 2, 6),
+        ("epoch", 1, 4),
+    ],
+)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resumed_schedule_is_the_uninterrupted_one(
-    tmp_path: Path, name: str, epoch_level: bool, stop_after: int
+    tmp_path: Path, name: str, unit: str, accumulation: int, stop_after: int
 ) -> None:
-    settings: dict[str, Any] = {"make": SCHEDULES[name], "epoch_level": epoch_level}
-    whole = Run(tmp_path / "whole.pt", **settings).start()
-    Run(tmp_path / "parts.pt", stop_after=stop_after, **settings).start()
-    parts = Run(tmp_path / "parts.pt", **settings).resume()
+    run = functools.partial(Run, make=SCHEDULES[name], unit=unit, accumulation=accumulation)
+    whole = run(tmp_path / "whole.pt").start()
+    run(tmp_path / "parts.pt", stop_after=stop_after).start()
+    parts = run(tmp_path / "parts.pt").resume()
     assert parts.rates == whole.rates[stop_after:]
     assert parts.schedule.state_dict() == whole.schedule.state_dict()
     assert len(set(whole.rates)) > 1
@@ -219,19 +240,19 @@ def test_warm_up_refuses_a_plateau_that_nobody_tells_the_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "epoch_level", "lowered"),
+    ("order", "unit", "lowered"),
     [
-        ("before", False, [7, 10]),  # with the end of the epoch's first iteration
-        ("after", True, [6, 9]),
-        ("after", False, [7, 10]),
-        ("before", True, [9, 12]),
+        ("before", "update", [7, 10]),  # with the end of the epoch's first iteration
+        ("after", "epoch", [6, 9]),
+        ("after", "update", [7, 10]),
+        ("before", "epoch", [9, 12]),
     ],
 )
 def test_plateau_is_found_after_a_validation(
-    tmp_path: Path, order: str, epoch_level: bool, lowered: list[int]
+    tmp_path: Path, order: str, unit: str, lowered: list[int]
 ) -> None:
     """The metric is worse in epochs 2 and 3, and better in the fourth."""
-    run = Run(tmp_path, plateau, epoch_level, dice=(0.5, 0.4, 0.4, 0.6), order=order).start()
+    run = Run(tmp_path, plateau, unit, dice=(0.5, 0.4, 0.4, 0.6), order=order).start()
     after = [*run.rates[1:], run.optimizer.param_groups[0]["lr"]]  # each iteration
     steps = [i for i, (a, b) in enumerate(zip(run.rates, after, strict=True), 1) if a != b]
     assert steps == lowered
@@ -287,3 +308,111 @@ def test_state_of_anything_else_stays_as_it_is() -> None:
     network = nn.Linear(1, 1)
     saved = network.state_dict()
     assert with_own_length(network, saved) is saved
+
+
+def cycle(total: int, pct_start: float, make: Any = one_cycle, **settings: Any) -> list[float]:
+    """Return the rates of a one-cycle schedule; it is stepped after the last one too."""
+    settings |= {"max_lr": 0.5, "total_steps": total, "pct_start": pct_start}
+    return rates(lambda o, _: make(o, cycle_momentum=False, **settings), total)
+
+
+@settings(max_examples=150, deadline=None)
+@example(total=1, pct_start=0.05, three_phase=False)
+@example(total=21, pct_start=0.05, three_phase=False)
+@example(total=49, pct_start=1 / 49, three_phase=False)  # their product is just below 1
+@given(total=st.integers(1, 60), pct_start=st.floats(0, 0.999), three_phase=st.booleans())
+def test_one_cycle_is_that_of_torch(total: int, pct_start: float, three_phase: bool) -> None:
+    try:
+        expected = cycle(total, pct_start, lr_scheduler.OneCycleLR, three_phase=three_phase)
+    except ZeroDivisionError:
+        return  # below
+    assert cycle(total, pct_start, three_phase=three_phase) == expected
+
+
+@pytest.mark.parametrize("total", [3, 4, 10, 20, 100])
+def test_one_cycle_warms_up_in_two_steps_where_torch_divides_by_zero(
+    total: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(ZeroDivisionError):
+        cycle(total, 1 / total, lr_scheduler.OneCycleLR)
+    found = cycle(total, 1 / total)
+    assert found[:2] == pytest.approx([0.5 / 25, 0.5])
+    assert found[1:] == sorted(found[1:], reverse=True)
+    assert found[total - 1] == pytest.approx(0.5 / 25 / 1e4)
+    assert "it takes two" in caplog.text
+
+
+@pytest.mark.parametrize(("total", "pct_start"), [(1, 1.0), (2, 0.5), (9, 1.0)])
+def test_one_cycle_without_a_descent_is_refused(total: int, pct_start: float) -> None:
+    message = rf"schedule of {total} steps with pct_start {pct_start} has a part without a step"
+    with pytest.raises(ConfigurationError, match=message):
+        cycle(total, pct_start)
+
+
+SCALED: dict[str, Make] = {
+    **SCHEDULES,
+    "constant": lambda o, _: lr_scheduler.ConstantLR(o, 0.5, 5),
+    "cosine to a floor": lambda o, _: lr_scheduler.CosineAnnealingLR(o, 4, eta_min=0.03),
+    "restarts to a floor": lambda o, _: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2, 0.03),
+    "cyclic": lambda o, _: lr_scheduler.CyclicLR(o, 0.1, 0.5, 3, cycle_momentum=False),
+    "lambda": lambda o, _: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "multiplied": lambda o, _: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "chained": lambda o, _: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 5), lr_scheduler.ExponentialLR(o, 0.9)], o
+    ),
+}
+
+
+def course(make: Make, scaled_at: int, factor: float) -> list[list[float]]:
+    """Return the rates of two groups in each of 14 steps, as optimizer and schedule say them."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (RATE, RATE / 7)]
+    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9)
+    validator = Engine(lambda *_: None)
+    schedule = make(optimizer, validator)
+    found = []
+    for step in range(14):
+        validator.state.epoch, validator.state.metrics = step + 1, {"val_dice": -step // 3}
+        if step == scaled_at:
+            scale_rates(optimizer, schedule, factor)
+        said = schedule.get_last_lr()
+        found.append([group["lr"] for group in optimizer.param_groups])
+        assert said == found[-1]
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("scaled_at", [0, 1, 3, 4, 5, 9])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_schedule_keeps_its_course_at_the_lower_rate(name: str, scaled_at: int) -> None:
+    plain = course(SCALED[name], scaled_at, 1.0)
+    lower = course(SCALED[name], scaled_at, 0.25)
+    assert lower[:scaled_at] == plain[:scaled_at]
+    for found, expected in zip(lower[scaled_at:], plain[scaled_at:], strict=True):
+        assert found == pytest.approx([rate / 4 for rate in expected], rel=1e-12)
+
+
+def test_floor_of_a_plateau_is_scaled_too() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=RATE)
+    inner = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, min_lr=0.04)
+    scale_rates(optimizer, ValidatedPlateau(inner, Engine(lambda *_: None), "val_loss"), 0.5)
+    for loss in (1.0, 2.0, 3.0):
+        inner.step(loss)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
+def test_factors_are_kept_in_the_groups_of_the_optimizer() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=RATE)
+    scale_rates(optimizer, None, 0.5)
+    scale_rates(optimizer, None, 0.5)
+    assert optimizer.state_dict()["param_groups"][0][LOWERED] == 0.25
+
+
+def test_rate_that_is_a_tensor_is_scaled_in_place_and_once() -> None:
+    rate = torch.tensor(0.1)  # torch shares it between the groups
+    groups = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+    optimizer = torch.optim.Adam(groups, lr=rate, capturable=False, foreach=False)
+    scale_rates(optimizer, lr_scheduler.ExponentialLR(optimizer, 0.9), 0.5)
+    assert all(group["lr"] is rate for group in optimizer.param_groups)
+    assert float(rate) == pytest.approx(0.05)

@@ -290,6 +290,16 @@ def test_a_group_that_is_not_finite_is_left_out_whole(
         assert_same_training(trainer, rest)
 
 
+def test_a_group_that_is_left_out_leaves_no_trace_in_running_statistics() -> None:
+    network, norm = normalised(), nn.BatchNorm2d(1).double()
+    network.append(norm)
+    trainer = make_trainer(2, network=network, data=Labelled(bad=4), skip_not_finite=1, epochs=1)
+    trainer.run()
+    assert trainer.step.skipped == 1
+    assert bool(norm.running_mean.isfinite().all())
+    assert int(norm.num_batches_tracked) == 5
+
+
 def test_more_than_the_allowed_number_stops_the_run() -> None:
     trainer = make_trainer(2, data=Labelled(bad=5), skip_not_finite=2)
     with pytest.raises(DivergedError, match=r"iteration 15"):
