@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+
 from pipeline.data.checksums import file_sha256
 from pipeline.data.manifests import Manifest
 from pipeline.data.samples import Sample
 from pipeline.errors import ConfigurationError, InputErrors, Problem
 
-__all__ = ["Split", "assign_folds", "leaks", "split_samples"]
+__all__ = ["Split", "assign_folds", "deal_as_sklearn", "leaks", "split_samples"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ def assign_folds(subjects: Mapping[str, str], k: int, seed: int) -> dict[str, in
         fold_of[subject] = fold
         filled[fold] += sizes[subject]
     return {sample: fold_of[subject] for sample, subject in subjects.items()}
+
+
+def deal_as_sklearn(ids: Sequence[str], k: int, seed: int) -> dict[str, int]:
+    """Deal samples as scikit-learn's `KFold(k, shuffle=True, random_state=seed)` does.
+
+    For comparison with work that split at random; samples of one subject part.
+
+    Args:
+        ids: of the samples, sorted.
+        k: number of folds.
+        seed: of the shuffle.
+
+    Returns:
+        Sample id -> fold, `0` to `k - 1`.
+
+    Raises:
+        ConfigurationError: `k` is below 2 or above the number of samples.
+    """
+    if not 2 <= k <= len(ids):
+        raise ConfigurationError(
+            f"folds.k is {k}, expected 2 to the number of samples, which is {len(ids)}"
+        )
+    order = np.arange(len(ids))
+    np.random.RandomState(seed).shuffle(order)  # the legacy stream is the point
+    parts = np.array_split(order, k)
+    return {ids[index]: fold for fold, part in enumerate(parts) for index in part}
 
 
 def split_samples(
@@ -179,6 +207,10 @@ def _cut_fold(
     recorded = {sample.id: sample.fold for sample in dealt}
     if dealt and None not in recorded.values():
         folds: Mapping[str, int | None] = recorded
+    elif manifest.folds.get("dealt") == "as_sklearn":
+        folds = deal_as_sklearn(
+            [sample.id for sample in dealt], k, manifest.folds["seed"] if seed is None else seed
+        )
     else:
         subjects = {sample.id: sample.subject for sample in dealt}
         folds = assign_folds(subjects, k, manifest.folds["seed"] if seed is None else seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.data.atomic import write_yaml
 from pipeline.data.checksums import file_sha256
-from pipeline.data.folds import assign_folds
+from pipeline.data.folds import assign_folds, deal_as_sklearn
 from pipeline.data.images import IMAGE_SUFFIXES, read_header
 from pipeline.data.manifests import Manifest, find_samples
 from pipeline.data.samples import Sample
@@ -46,7 +46,7 @@ def freeze(
     if seed is None:
         seed = int(manifest.folds.get("seed", 0))
     dealt = {sample.id: sample.subject for sample in samples if sample.split in splits}
-    fold_of = assign_folds(dealt, folds, seed) if folds and dealt else {}
+    fold_of = _dealt(manifest, dealt, folds, seed) if folds and dealt else {}
     content = {
         "name": manifest.name,
         "title": manifest.title,
@@ -65,6 +65,14 @@ def freeze(
         "records": [_record(sample, fold_of.get(sample.id)) for sample in samples],
     }
     return write_yaml(output, content)
+
+
+def _dealt(
+    manifest: Manifest, subjects: Mapping[str, str], folds: int, seed: int
+) -> dict[str, int]:
+    if manifest.folds.get("dealt") == "as_sklearn":
+        return deal_as_sklearn(sorted(subjects), folds, seed)
+    return assign_folds(subjects, folds, seed)
 
 
 def _record(sample: Sample, fold: int | None) -> Mapping[str, Any]:

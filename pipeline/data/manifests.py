@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.data.samples import Sample, find_by_patterns, find_by_records
 from pipeline.data.shipped import shipped_folder
 from pipeline.data.strict_yaml import read_yaml
+from pipeline.data.tables import Table
 from pipeline.data.validation import check_schema, check_templates
 from pipeline.errors import ConfigurationError, InputError
 
@@ -89,9 +90,10 @@ class Manifest:
         subject: template for the subject of a sample.
         stratum: template for its stratum.
         validation: `fraction` and `seed`, or `subjects`, or nothing.
-        folds: `k`, `seed` and `splits`, or nothing.
+        folds: `k`, `seed`, `dealt` and `splits`, or nothing.
         records: the samples of a frozen manifest.
         notes: what a user should know.
+        tables: CSV files that give samples further fields.
         path: the file it was read from.
     """
 
@@ -112,6 +114,7 @@ class Manifest:
     folds: Mapping[str, Any]
     records: tuple[Record, ...] = ()
     notes: str = ""
+    tables: tuple[Table, ...] = ()
     path: Path | None = None
 
     @property
@@ -211,6 +214,7 @@ def _build(content: Mapping[str, Any], path: Path | None) -> Manifest:
     folds = dict(content["folds"] or {})
     if folds:
         folds.setdefault("splits", ["train", "val"])
+        folds.setdefault("dealt", "by_subject")
     return Manifest(
         name=content["name"],
         title=content["title"],
@@ -229,6 +233,7 @@ def _build(content: Mapping[str, Any], path: Path | None) -> Manifest:
         folds=folds,
         records=tuple(_record(entry) for entry in content.get("records", ())),
         notes=content.get("notes", ""),
+        tables=tuple(Table(**entry) for entry in content.get("tables", ())),
         path=path,
     )
 

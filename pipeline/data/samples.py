@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.checksums import file_sha256
 from pipeline.data.images import IMAGE_SUFFIXES, image_stem
+from pipeline.data.tables import read_tables
 from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sample", "find_by_patterns", "find_by_records", "image_paths"]
 
+_Rows = Mapping[str, Mapping[str, Mapping[str, str]]]  # table -> key -> field -> value
 _Key = tuple[tuple[str, str], ...]
 
 
@@ -80,13 +82,14 @@ def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -
         ConfigurationError: a path leaves `root`, or two files claim one place.
     """
     paths = list(_walk(root, follow_symlinks=follow_symlinks))
+    rows = read_tables(manifest.tables, root)
     samples: list[Sample] = []
     problems: list[Problem] = []
     for entry in manifest.files:
         matched = {
             role: _match(pattern, manifest, entry, paths) for role, pattern in entry.roles.items()
         }
-        samples += _pair(manifest, entry, matched, root, problems)
+        samples += _pair(manifest, entry, matched, root, rows, problems)
     if not samples:
         orphans = f" ({len(problems)} labels without image)" if problems else ""
         patterns = " or ".join(dict.fromkeys(entry.roles["image"] for entry in manifest.files))
@@ -200,6 +203,7 @@ def _pair(
     entry: FilePattern,
     matched: Mapping[str, Mapping[_Key, tuple[str, dict[str, str]]]],
     root: Path,
+    rows: _Rows,
     problems: list[Problem],
 ) -> Iterator[Sample]:
     """Yield the samples of one entry; what cannot be paired goes to `problems`."""
@@ -215,6 +219,14 @@ def _pair(
             expected = _fill(entry.roles["label"], captured)
             problems.append(Problem(relative, "find", f"no label; expected {expected}"))
         values = {**captured, "split": entry.split}
+        for table in manifest.tables:
+            row = rows.get(table.file, {}).get(captured[table.field])
+            if row is None:
+                if table.file in rows and entry.split != "test":
+                    message = f"{table.field} {captured[table.field]!r} is not in {table.file}"
+                    problems.append(Problem(relative, "find", f"{message}; add its row"))
+                row = dict.fromkeys(table.columns, captured[table.field])
+            values |= row
         yield _sample(manifest, root, relative, found, values)
     for relative, _ in matched.get("label", {}).values():
         if relative not in used:

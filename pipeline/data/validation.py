@@ -69,7 +69,10 @@ def check_templates(manifest: Manifest, where: str) -> None:
                 f"{key}: labels are required but there is no `label` pattern; "
                 "add one or write `labels: optional`"
             )
-        known = [*_PLACEHOLDER.findall(entry.roles["image"]), "split"]
+        found = _PLACEHOLDER.findall(entry.roles["image"])
+        _check_fields([table.field for table in manifest.tables], found, f"{where}: tables")
+        further = [field for table in manifest.tables for field in table.columns]
+        known = [*found, *further, "split"]
         _check_fields(_PLACEHOLDER.findall(manifest.subject), known, f"{where}: subject")
         _check_fields(_PLACEHOLDER.findall(manifest.stratum or ""), known, f"{where}: stratum")
 
