@@ -1,12 +1,13 @@
 """What cutting and blending windows costs by itself, beside MONAI, nnU-Net and TorchIO.
 
-    python benchmarks/stitching.py [--repeats 3] [--size 256] [--patch 96]
+    python benchmarks/stitching.py [--repeats 7] [--size 256] [--patch 96]
 
-The network is null, a copy of its input, so that nothing but stitching is left. Each side runs in
-a process of its own with a clean allocator environment, left as it is on every side, and one
-thread, in turn; CPU seconds of the whole call and the extra memory at its peak, medians. nnU-Net
-and TorchIO are in the table where they are installed. With a real network stitching is about one
-per cent of the time on a CPU: this is no claim about speed there.
+The network is null, a copy of its input, so that nothing but stitching is left. Each side runs in a
+process of its own with a clean allocator environment, left as it is on every side, and one thread,
+in turn; CPU seconds of the whole call and the extra memory at its peak, medians, and the largest
+difference between output and input (of values with a deviation of 1). nnU-Net and TorchIO are in
+the table where they are installed. With a real network stitching is about one per cent of the time
+on a CPU: this is no claim about speed there.
 """
 
 from __future__ import annotations
@@ -52,24 +53,27 @@ def main() -> None:
         for side in sides:
             found[side].append(_in_own_process(side, options))
     medians = {
-        side: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "mib")}
+        side: {
+            key: statistics.median(run[key] for run in runs) for key in ("seconds", "mib", "error")
+        }
         for side, runs in found.items()
     }
     base = medians["monai"]
     print(f"null network, {options.size}^3, windows of {options.patch}^3, overlap {OVERLAP}, one "
           f"thread, median of {options.repeats}")  # fmt: skip
-    print(f"{'side':<26}{'CPU s':>8}{'ratio':>8}{'extra MiB':>11}{'ratio':>8}")
+    print(f"{'side':<26}{'CPU s':>8}{'ratio':>8}{'extra MiB':>11}{'ratio':>8}{'max error':>11}")
     for side, run in medians.items():
         print(f"{SIDES[side]:<26}{run['seconds']:>8.3f}{run['seconds'] / base['seconds']:>8.2f}"
-              f"{run['mib']:>11.0f}{run['mib'] / base['mib']:>8.2f}")  # fmt: skip
+              f"{run['mib']:>11.0f}{run['mib'] / base['mib']:>8.2f}"
+              f"{run['error']:>11.1e}")  # fmt: skip
     ours = medians["separable"]
-    worst = max(ours[key] / base[key] for key in base)
+    worst = max(ours[key] / base[key] for key in ("seconds", "mib"))
     print(f"separable, target {TARGET} of both: {'met' if worst <= TARGET else 'MISSED'}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -99,9 +103,7 @@ def _run_side(options: argparse.Namespace) -> dict[str, float]:
         output = call(volume)
         seconds = _cpu_seconds() - before
     mib = _memory_mib("VmHWM") - resting
-    if float((output - volume).abs().max()) > 1e-2:  # nnU-Net's sums are in half precision
-        raise SystemExit(f"{options.side}: a null network must give back its input")
-    return {"seconds": seconds, "mib": mib}
+    return {"seconds": seconds, "mib": mib, "error": float((output - volume).abs().max())}
 
 
 def _stitcher(side: str, roi: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
