@@ -44,7 +44,7 @@ SPEAKS = frozenset({"pipeline.cli"})
 
 HEAVY = frozenset(
     {"h5py", "ignite", "matplotlib", "monai", "nibabel", "numpy", "scipy", "skimage"}
-    | {"tensorboard", "torch"}
+    | {"cc3d", "numba", "tensorboard", "torch", "zarr"}
 )
 NUMPY_ONLY = (
     "errors.py",
@@ -54,6 +54,22 @@ NUMPY_ONLY = (
     "fundus/metrics.py",
     "fundus/morphometry.py",
     "fundus/phantom*.py",
+    *(
+        f"vesuvius/{name}.py"
+        for name in (
+            "betti_numbers",
+            "compilation",
+            "merge_sweeps",
+            "metrics",
+            "phantom*",
+            "relative_cycles",
+            "row_sets",
+            "surface_distance",
+            "topology*",
+            "tunnel_cycles",
+            "variation_of_information",
+        )
+    ),
 )
 # These are MONAI's readers, transforms and datasets, or pack what those make.
 NEEDS_TORCH = frozenset(

@@ -1,0 +1,1 @@
+"""Papyrus sheets in micro-CT volumes: networks, transforms, metrics and a phantom."""
