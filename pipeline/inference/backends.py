@@ -92,6 +92,7 @@ class Backend:
         self._cache: ExportCache | None = None
         self._agreement: Agreement | None = None
         self._used: dict[str, Any] = {}
+        self._told = ""
 
     def request(self) -> dict[str, Any]:
         """Return what was asked for, as plain data: the same before and after a run."""
@@ -183,11 +184,11 @@ class Backend:
     def _log(self) -> None:
         used = self.settings()
         facts = [self._agreement, used["reason"]]
-        logger.info(
-            "backend: %s, %s",
-            used["name"],
-            "; ".join([used["precision"], *(str(fact) for fact in facts if fact is not None)]),
-        )
+        told = [used["precision"], *(str(fact) for fact in facts if fact is not None)]
+        line = f"backend: {used['name']}, {'; '.join(told)}"
+        if line != self._told:  # a network in training is prepared again and again
+            logger.info(line)
+        self._told = line
 
 
 class _Tuned:
