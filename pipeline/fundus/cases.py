@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from pipeline.data.folds import split_samples
 from pipeline.data.integrity import check_samples
 from pipeline.data.manifests import Manifest, find_samples, load_manifest
 from pipeline.data.samples import Sample
-from pipeline.errors import ConfigurationError, InputError, InputErrors
+from pipeline.errors import ConfigurationError, InputErrors
 from pipeline.fundus.phantom import write_phantom_dataset
-from pipeline.fundus.transforms import LoadFundusd
 
-__all__ = ["Cases", "check_photograph", "inference_cases", "training_cases"]
+__all__ = ["Cases", "inference_cases", "training_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,15 +125,6 @@ def inference_cases(
         )
     samples = find_samples(load_manifest(manifest), source)
     return [{**case, "label": None} for case in _listed(samples)]
-
-
-def check_photograph(case: Mapping[Hashable, Any]) -> str:
-    """Return in one line why a case's photograph or FOV cannot be used, or nothing."""
-    try:
-        LoadFundusd()(case)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def _found(manifest: Manifest, folder: str, fold: int | None, *splits: Sequence[Sample]) -> str:

@@ -146,7 +146,7 @@ class ResultWriter:
             pictures = {
                 self.batch.path(name, "_vessels.png"): mask.astype(np.uint8) * 255,
                 _below(self.batch.output_dir / "pictures", name): overlay(
-                    shown_photograph(item["image_path"]), mask
+                    _uint8(np.moveaxis(np.asarray(item["native_image"].cpu()), 0, -1)), mask
                 ),
             }
             if self.save_probability:

@@ -8,22 +8,27 @@ settings; a rerun computes only the others. One bad file never stops the rest: i
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from ignite.engine import Engine
 
 from pipeline.data.atomic import check_writable, write_csv, write_json
-from pipeline.data.checksums import file_sha256
 from pipeline.data.writers import check_result_paths, result_path
-from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem, exit_code
+from pipeline.errors import (
+    ConfigurationError,
+    InputError,
+    InputErrors,
+    Problem,
+    exit_code,
+    lamina_cause,
+)
+from pipeline.inference.sidecars import Identity, Origins, read_sidecar
 
 __all__ = ["BatchRun"]
 
@@ -32,22 +37,31 @@ logger = logging.getLogger(__name__)
 _SUMMARY = "summary.json"
 
 
+class _Runs(Protocol):
+    def run(self) -> object: ...
+
+
 class BatchRun:
     """The inputs of an inference run, which of them are still to do, and what became of each.
+
+    An input is read when its turn comes, by an `AcceptedLoader` or within `attempt`. What it is
+    made from is asked before only where a sidecar says that it may be done.
 
     Args:
         cases: one dictionary per input with at least `image` (path) and `name` (relative to the
             input folder, with `/`).
         output_dir: where results go; a result keeps its input's folders.
-        check: called with a case; returns what is wrong with its file, an empty string if nothing.
-        settings: plain data that determines the results: network, preprocessing, threshold, ...
-        model_path: the checkpoint file, whose hash is part of a sidecar.
+        settings: plain data that determines the results: network, preprocessing, threshold, and of
+            an ensemble the sha256 of each member.
+        model_path: the checkpoint file, whose hash is part of a sidecar; None where there is none.
         bundle: the bundle's name, for the summary.
         overwrite: compute every result again.
-        used: called when a result is written; plain data on what made it, for its sidecar, which
-            may differ between machines without making the result another one.
         files: keys of a case under which paths of further files stand that determine its result,
             such as a mask; an absent or empty one is no file.
+        used: called when a result is written; plain data on what made it, for its sidecar, which
+            may differ between machines without making the result another one.
+        identity: by what an input is known again: `content`, or for stores too large to be read
+            for this alone `listing`; see `path_sha256`.
 
     Raises:
         ResourceError: `output_dir` cannot be written.
@@ -58,38 +72,79 @@ class BatchRun:
         self,
         cases: Sequence[Mapping[str, Any]],
         output_dir: str,
-        check: Callable[[Mapping[str, Any]], str],
         settings: Mapping[str, Any],
-        model_path: str,
+        model_path: str | None,
         bundle: str,
         overwrite: bool = False,
         files: Sequence[str] = (),
         used: Callable[[], Mapping[str, Any]] = dict,
+        identity: Identity = "content",
     ) -> None:
         self.output_dir = check_writable(Path(output_dir))
-        self.files = tuple(files)
         self.bundle = bundle
         self.model_path = model_path
         self.settings = dict(settings)
+        self.origins = Origins(self.settings, model_path, files, identity)
         self._used = used
         self.started = datetime.datetime.now(datetime.UTC)
         self._clock_s = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.problems: list[Problem] = []
         self.skipped = 0
-        self._origins: dict[str, dict[str, Any]] = {}
-        self._model_sha256 = file_sha256(Path(model_path))
+        self.closing = ExitStack()  # what is to be closed at the end of the run
+        self._open: dict[str, Mapping[str, Any]] = {}  # begun, neither recorded nor rejected
         self.inputs = len(cases)
         self._check_names([str(case["name"]) for case in cases])
-        self.pending = [dict(case) for case in cases if self._is_pending(case, check, overwrite)]
+        self._images = {str(case["name"]): str(case["image"]) for case in cases}
+        self.pending = [dict(case) for case in cases if overwrite or not self._is_done(case)]
         logger.info(
-            "%d inputs: %d to do, %d done before, %d rejected",
-            self.inputs, len(self.pending), self.skipped, len(self.problems),
-        )  # fmt: skip
+            "%d inputs: %d to do, %d done before", self.inputs, len(self.pending), self.skipped
+        )
 
     def path(self, name: str, suffix: str) -> Path:
         """Return where a result of the input `name` goes: its folders and stem, and `suffix`."""
         return result_path(name, ".", self.output_dir, suffix)
+
+    def begin(self, origins: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note that results are about to be written; what was begun before is no longer.
+
+        Args:
+            origins: per name what the result is made from, as `self.origins(case)` returns it.
+        """
+        self._open = dict(origins)
+        for name in origins:  # an old sidecar must not vouch for a result half overwritten
+            self.path(name, ".json").unlink(missing_ok=True)
+
+    @contextmanager
+    def attempt(self, name: str, stage: str = "predict") -> Iterator[None]:
+        """Reject the input `name` where the body raises an `InputError`, and go on.
+
+        For work that is not an engine's: within it come `begin`, the writing, and `record`.
+
+        Args:
+            name: the input's name.
+            stage: where the problem was noticed, for `failures.csv`.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = lamina_cause(error)
+            if not isinstance(cause, InputError):
+                raise
+            self.reject(name, stage, str(cause))
+
+    def reject(self, name: str, stage: str, message: str) -> None:
+        """List an input in `failures.csv`.
+
+        Args:
+            name: the input's name.
+            stage: where the problem was noticed: `read`, `predict`, ...
+            message: what was found, what was expected, what to do.
+        """
+        self._open.pop(name, None)
+        problem = Problem(name, stage, message.removeprefix(f"{self._images[name]}: "))
+        logger.warning("rejected: %s", problem)
+        self.problems.append(problem)
 
     def record(
         self,
@@ -105,22 +160,33 @@ class BatchRun:
             results: the files written for it; a later run computes them again where one is gone.
             row: its line in `per_image.csv`.
             details: what else its sidecar should say, such as shape and threshold.
+
+        Raises:
+            ValueError: `name` was not begun.
         """
+        if name not in self._open:
+            raise ValueError(f"{name}: recorded but not begun; read it by an AcceptedLoader")
         row = {"image": name, **row}
         written = [path.relative_to(self.output_dir).as_posix() for path in results]
-        sidecar = {**self._origins[name], "settings": self.settings, "used": self._used()}
+        sidecar = {**self._open[name], "settings": self.settings, "used": self._used()}
         sidecar |= details
         sidecar |= {"results": written, "row": row}
         write_json(self.path(name, ".json"), sidecar)
         self.rows.append(row)
+        del self._open[name]
 
-    def run(self, evaluator: Engine) -> None:
-        """Compute what is pending and write the tables, also where it stops half-way."""
-        for case in self.pending:  # an old sidecar must not vouch for a result half overwritten
-            self.path(str(case["name"]), ".json").unlink(missing_ok=True)
+    def run(self, work: Callable[[], object] | _Runs) -> None:
+        """Compute what is pending and write the tables, also where it stops half-way.
+
+        Args:
+            work: a function, or an object with `run`, such as MONAI's evaluator with an
+                `AcceptedLoader`. Such an engine is run past inputs whose forward pass,
+                post-processing or writing raises an `InputError`; they are rejected. Other work
+                sees to that by `attempt`.
+        """
         try:
-            if self.pending:
-                evaluator.run()
+            with self.closing:
+                self._do(work)
         except BaseException as error:
             self._write_tables(exit_code(error))
             raise
@@ -141,39 +207,49 @@ class BatchRun:
         if self.problems:
             raise InputErrors(self.problems, f"of {self.inputs} inputs rejected, the rest is done")
 
-    def _is_pending(
-        self, case: Mapping[str, Any], check: Callable[[Mapping[str, Any]], str], overwrite: bool
-    ) -> bool:
-        name = str(case["name"])
+    def _do(self, work: Callable[[], object] | _Runs) -> None:
+        if not self.pending:
+            return
+        if isinstance(work, Engine):
+            self._run_engine(work)
+        elif callable(work):
+            work()
+        else:
+            work.run()
+
+    def _run_engine(self, engine: Engine) -> None:
+        """Run `engine` again, on the rest of its loader, after each input that failed."""
+        engine.interrupt_resume_enabled = False  # else the run after an error does nothing
+        engine.logger.addFilter(_is_told_here)
         try:
-            origin = self._origin(case)
-        except InputError as error:
-            return self._reject(name, case, str(error))
-        if not overwrite and (done := self._finished(name, origin)) is not None:
-            self.skipped += 1
-            self.rows.append({**done, "image": name})
+            while True:
+                try:
+                    engine.run()
+                    return
+                except Exception as error:
+                    cause = lamina_cause(error)
+                    if not isinstance(cause, InputError) or not self._open:
+                        raise
+                    for name in list(self._open):
+                        self.reject(name, "predict", str(cause))
+        finally:
+            engine.logger.removeFilter(_is_told_here)
+
+    def _is_done(self, case: Mapping[str, Any]) -> bool:
+        """Return whether the result of `case` is there, and if so take its row over."""
+        sidecar = read_sidecar(self.path(str(case["name"]), ".json"))
+        if sidecar is None:
             return False
-        if wrong := check(case):
-            return self._reject(name, case, wrong)
-        self._origins[name] = origin
+        if not all((self.output_dir / str(result)).exists() for result in sidecar["results"]):
+            return False
+        try:
+            if not self.origins.match(sidecar, case):
+                return False
+        except InputError:  # told when its turn comes
+            return False
+        self.skipped += 1
+        self.rows.append({**sidecar["row"], "image": str(case["name"])})
         return True
-
-    def _reject(self, name: str, case: Mapping[str, Any], wrong: str) -> Literal[False]:
-        logger.warning("rejected: %s", wrong)
-        self.problems.append(Problem(name, "read", wrong.removeprefix(f"{case['image']}: ")))
-        return False
-
-    def _origin(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a case's result is made from."""
-        beside = [key for key in self.files if case.get(key)]
-        return {
-            "input": str(case["image"]),
-            "input_sha256": file_sha256(Path(case["image"])),
-            "beside_sha256": {key: file_sha256(Path(case[key])) for key in beside},
-            "model_sha256": self._model_sha256,
-            "settings_sha256": _digest(self.settings),
-            "lamina": _version(),
-        }
 
     def _check_names(self, names: Sequence[str]) -> None:
         """Refuse inputs whose results would overwrite each other or the summary."""
@@ -186,21 +262,6 @@ class BatchRun:
                 raise ConfigurationError(
                     f"{name}: its result would be named like {_SUMMARY} of the run; rename the file"
                 )
-
-    def _finished(self, name: str, origin: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the row of a finished result of the same origin, None where there is none."""
-        sidecar = self.path(name, ".json")
-        if not sidecar.is_file():
-            return None
-        try:
-            found = json.loads(sidecar.read_text(encoding="utf-8"))
-        except ValueError:
-            return None
-        if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
-            return None
-        same = all(found.get(k) == v for k, v in origin.items() if k != "input")
-        there = all((self.output_dir / str(name)).is_file() for name in found.get("results", ()))
-        return dict(found["row"]) if same and there else None
 
     def _write_tables(self, code: int) -> None:
         ended = datetime.datetime.now(datetime.UTC)
@@ -223,8 +284,9 @@ class BatchRun:
             "skipped": self.skipped,
             "rejected": len(self.problems),
             "exit_code": code,
-            "checkpoint": self.model_path,
-            "model_sha256": self._model_sha256,
+            "checkpoint": self.model_path or "",
+            "model_sha256": self.origins.of_the_run["model_sha256"],
+            "versions": self.origins.versions,
             "settings": self.settings,
         }
         write_json(self.output_dir / _SUMMARY, summary)
@@ -234,13 +296,6 @@ class BatchRun:
         )  # fmt: skip
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lamina")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _is_told_here(record: logging.LogRecord) -> bool:
+    """Drop ignite's two lines per error: it is raised, or told as a rejected input."""
+    return "is terminating due to exception" not in record.getMessage()

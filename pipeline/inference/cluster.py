@@ -10,8 +10,9 @@ import contextlib
 import functools
 import importlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.errors import ConfigurationError, ResourceError
 from pipeline.inference.sliding_window import SlidingWindow
 from pipeline.inference.streaming import StreamResult, VolumeStream
 
-__all__ = ["WORKER_ENVIRONMENT", "stream_on_cluster"]
+__all__ = ["WORKER_ENVIRONMENT", "local_or_running", "stream_on_cluster"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +39,29 @@ WORKER_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-_RETRIES = 3  # of a block whose worker died or whose disk failed
+_RETRIES = 3  # of a block whose computation failed; dask itself gives one to three dying workers
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs to compute any block."""
+    """What a worker needs to compute any block.
+
+    Args:
+        key: of the run, different from those of all others.
+    """
 
     key: str
     source: str
     target: str
     make_predictor: MakePredictor
     inferer: SlidingWindow
-    settings: tuple[tuple[str, Any], ...]
+    settings: Mapping[str, Any]
     threads: int
 
-    def stream(self) -> VolumeStream:
-        predictor = self.make_predictor()
+    def stream(self, **changed: Any) -> VolumeStream:
+        settings = {**self.settings, **changed}
         return VolumeStream(
-            self.source, self.target, predictor, inferer=self.inferer, **dict(self.settings)
+            self.source, self.target, self.make_predictor(), inferer=self.inferer, **settings
         )
 
 
@@ -70,9 +75,13 @@ def stream_on_cluster(
     scheduler: str | None = None,
     workers: int = 2,
     threads: int = 1,
+    overwrite: bool = False,
     **settings: Any,
 ) -> StreamResult:
     """Stream a volume with dask.distributed, one task per block.
+
+    A script that calls this needs `if __name__ == "__main__":`, since workers import it. Without
+    `channels` among the settings, the network is also built here, and asked for them.
 
     Args:
         source: a volume on a disk that all workers share.
@@ -80,64 +89,67 @@ def stream_on_cluster(
         make_predictor: builds the network in a worker's process, which keeps it for all its blocks;
             a function that the workers can import, or one that cloudpickle can send.
         inferer: windows and their blending.
-        blocks: how many, several per worker; a worker's death costs up to one of them.
+        blocks: how many, several per worker; a worker's death costs up to a chunk's depth of one.
         scheduler: address of a running dask scheduler; None starts workers on this machine.
         workers: processes on this machine, where there is no scheduler.
         threads: torch threads of a worker.
+        overwrite: remove what has the target's name, before the first block.
         **settings: of `VolumeStream`.
 
     Raises:
         ConfigurationError: dask is not installed, or the scheduler does not answer.
-        ResourceError: a block failed more often than it is tried again.
+        ResourceError: a block's workers died more often than it is tried again.
+        LaminaError: what a block raised on a worker.
     """
-    distributed = _load_dask()
+    _load_dask()
     started = time.monotonic()
+    source, target = Path(source).absolute(), Path(target).absolute()
+    key = f"{target.name}-{time.time_ns()}"
     job = _Job(
-        f"{source}>{target}>{time.time_ns()}", str(source), str(target), make_predictor, inferer,
-        tuple({**settings, "blocks": blocks}.items()), threads,
+        key, str(source), str(target), make_predictor, inferer, {**settings, "blocks": blocks},
+        threads,
     )  # fmt: skip
-    stream = job.stream()
-    logger.info("%s\n%s", stream.target, stream.plan.table())
-    if stream.store.is_complete():
-        return StreamResult(stream.target, True, 0, time.monotonic() - started, stream.plan)
-    stream.store.open()
-    todo = stream.store.missing()
+    stream = job.stream(overwrite=overwrite)
     windows = 0
-    with _client(scheduler, workers) as client:
-        futures = client.map(
-            functools.partial(_compute, job), todo, pure=False, retries=_RETRIES, key=job.key
-        )
-        for number, future in enumerate(distributed.as_completed(futures), 1):
-            windows += _result(future, todo)
-            logger.info("block %d of %d done", number, len(todo))
+    if stream.begin() is not None:
+        todo = list(stream.store.missing())
+        with local_or_running(scheduler, workers) as client:
+            windows = _compute_all(client, job, todo)
     complete = stream.store.finish()
     return StreamResult(stream.target, complete, windows, time.monotonic() - started, stream.plan)
 
 
-def _compute(job: _Job, index: int) -> int:
-    torch.set_num_threads(job.threads)
-    return _stream_of_process(job.key, job).run([index]).windows
+def _compute_all(client: Any, job: _Job, todo: list[int]) -> int:
+    """Compute blocks, whose order does not matter; return how many windows were run."""
+    distributed = _load_dask()
+    futures = client.map(
+        functools.partial(_compute, job), todo, pure=False, retries=_RETRIES, key=job.key
+    )
+    windows = 0
+    for number, future in enumerate(distributed.as_completed(futures), 1):
+        try:
+            windows += future.result()
+        except (distributed.KilledWorker, distributed.CancelledError) as error:
+            raise ResourceError(
+                f"{job.target}: a block could not be computed: {error}; see the workers' logs, and "
+                "start again to go on with what is missing"
+            ) from error
+        logger.info("%d of %d blocks done", number, len(todo))
+    return windows
 
 
 _streams: dict[str, VolumeStream] = {}
+_one_at_a_time = threading.Lock()  # workers of a running scheduler may have several threads
 
 
-def _stream_of_process(key: str, job: _Job) -> VolumeStream:
-    """Return the process's own stream, whose network is built once."""
-    if key not in _streams:
-        _streams.clear()  # of an earlier run: its network need not stay
-        _streams[key] = job.stream()
-    return _streams[key]
-
-
-def _result(future: Any, todo: list[int]) -> int:
-    try:
-        return int(future.result())
-    except Exception as error:
-        raise ResourceError(
-            f"a block of {len(todo)} could not be computed: {error}; start again to go on with "
-            "the blocks that are missing"
-        ) from error
+def _compute(job: _Job, index: int) -> int:
+    """Compute a block in a worker; return how many windows were run."""
+    with _one_at_a_time:
+        torch.set_num_threads(job.threads)
+        if job.key not in _streams:
+            _streams.clear()  # of an earlier run: its network need not stay
+            _streams[job.key] = job.stream()
+        return _streams[job.key].run([index]).windows
 
 
 def _load_dask() -> Any:
@@ -151,12 +163,25 @@ def _load_dask() -> Any:
 
 
 @contextlib.contextmanager
-def _client(scheduler: str | None, workers: int) -> Iterator[Any]:
+def local_or_running(scheduler: str | None, workers: int) -> Iterator[Any]:
+    """Give a client of a running scheduler, or of workers on this machine that end with the body.
+
+    Args:
+        scheduler: its address, such as `tcp://host:8786`; None starts workers here.
+        workers: processes to start, one thread each, with `WORKER_ENVIRONMENT`. A variable of that
+            name that is set already stays as it is.
+
+    Yields:
+        The `distributed.Client`.
+
+    Raises:
+        ConfigurationError: dask is not installed, or the scheduler does not answer.
+    """
     distributed = _load_dask()
     if scheduler is not None:
         try:
             client = distributed.Client(scheduler, timeout="30s")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"scheduler {scheduler!r} does not answer: {error}; start `dask scheduler` and "
                 "give its address, or leave it out for workers on this machine"
@@ -168,7 +193,12 @@ def _client(scheduler: str | None, workers: int) -> Iterator[Any]:
     with (
         importlib.import_module("dask").config.set(environment),
         distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            # The plan says what a worker takes; dask would kill one whose allocator keeps memory.
+            memory_limit=None,
+            dashboard_address=None,
         ) as cluster,
         distributed.Client(cluster) as client,
     ):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +13,16 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import (
-    atomic_path,
-    check_free_bytes,
-    check_writable,
-    write_csv,
-    write_json,
-)
-from pipeline.data.checksums import file_sha256
+from pipeline.data.atomic import atomic_path, check_free_bytes
 from pipeline.data.images import read_header, read_image
 from pipeline.data.rasters import ImageHeader
 from pipeline.data.volumes import open_volume
-from pipeline.data.writers import check_result_paths, result_path, write_png
-from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
-from pipeline.hardware.environment import package_versions
+from pipeline.data.writers import write_png
+from pipeline.errors import ConfigurationError, InputError
 from pipeline.inference.averages import Domain, check_domain, normalised_weights
+from pipeline.inference.batch import BatchRun
 
 __all__ = ["average_predictions"]
-
-logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".png", ".tif", ".tiff")
 _CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets of 32 bits reach no further
@@ -53,8 +42,8 @@ def average_predictions(
     type and format. A stack is read and written plane by plane. A file that is missing or differs
     in one of the folders is left out and listed in `failures.csv`, the others are done.
 
-    Beside each result stands a sidecar, as inference writes it: the sha256 of what it was made
-    from, settings and version.
+    It is a `BatchRun`: beside each result stands a sidecar with the sha256 of what it was made
+    from, settings and versions; what is there already is left as it is; `summary.json` is last.
 
     Args:
         folders: what the runs wrote.
@@ -65,7 +54,7 @@ def average_predictions(
         files: which PNG and TIFF files are predictions, as a pattern of their names.
 
     Returns:
-        The files written.
+        The means that there are now.
 
     Raises:
         ConfigurationError: folders, weights or domain that make no sense.
@@ -76,26 +65,31 @@ def average_predictions(
     check_domain(domain)
     sources = _checked_folders(folders, Path(output))
     shares = normalised_weights(weights, len(sources))
-    names = _names(sources, files)
-    check_result_paths(names, ".")
-    target = check_writable(Path(output))
-    started = time.monotonic()
-    written, problems = [], []
-    for name in names:
-        try:
-            written.append(_average_file(name, sources, target, shares, domain))
-        except InputError as error:
-            logger.warning("left out: %s: %s", name, error)
-            problems.append(Problem(name, "read", str(error)))
-    rows = [vars(problem) for problem in problems]
-    write_csv(target / "failures.csv", rows, columns=["path", "stage", "code", "message"])
-    logger.info(
-        "%s: %d predictions of %d folders averaged, %d left out, in %.1f s", target, len(written),
-        len(sources), len(problems), time.monotonic() - started,
-    )  # fmt: skip
-    if problems:
-        raise InputErrors(problems, f"of {len(names)} predictions left out, the rest is done")
-    return written
+    cases = [_case(name, sources) for name in _names(sources, files)]
+    batch = BatchRun(
+        cases,
+        str(output),
+        settings={"weights": list(shares), "domain": domain},
+        model_path=None,
+        bundle="average_predictions",
+        files=list(cases[0])[2:],
+    )
+
+    def average() -> None:
+        for case in batch.pending:
+            with batch.attempt(case["name"], "read"):
+                _average_file(batch, case, shares, domain)
+
+    batch.run(average)
+    batch.finish()
+    return [batch.output_dir / case["name"] for case in cases]
+
+
+def _case(name: str, sources: Sequence[Path]) -> dict[str, str]:
+    """Return the files `name` of all folders as one input: `image` and further files beside it."""
+    first, *others = (str(folder / name) for folder in sources)
+    beside = {f"prediction_{number}": path for number, path in enumerate(others, start=2)}
+    return {"name": name, "image": first, **beside}
 
 
 def _checked_folders(folders: Sequence[Path | str], output: Path) -> list[Path]:
@@ -136,18 +130,18 @@ def _names(sources: Sequence[Path], files: str) -> list[str]:
 
 
 def _average_file(
-    name: str, sources: Sequence[Path], target: Path, shares: Sequence[float], domain: Domain
-) -> Path:
-    """Average the files `name` of all folders; return the file written."""
-    paths = [folder / name for folder in sources]
+    batch: BatchRun, case: Mapping[str, str], shares: Sequence[float], domain: Domain
+) -> None:
+    """Write the mean of the files of `case`."""
+    name = case["name"]
+    paths = [Path(path) for key, path in case.items() if key != "name"]
     if absent := [str(path) for path in paths if not path.is_file()]:
         raise InputError(f"not found: {', '.join(absent)}; expected a prediction in every folder")
     header = _common_header(paths)
     mean = _Mean(header.dtype, paths, shares, domain)
-    result, sidecar = target / name, result_path(name, ".", target, ".json")
-    hashes = [file_sha256(path) for path in paths]
-    sidecar.unlink(missing_ok=True)  # an old one must not vouch for a result half overwritten
-    check_free_bytes(target, header.decoded_bytes)
+    result = batch.output_dir / name
+    batch.begin({name: batch.origins(case)})
+    check_free_bytes(batch.output_dir, header.decoded_bytes)
     with ExitStack() as stack:
         if len(header.shape) == 3:
             volumes = [stack.enter_context(open_volume(path)) for path in paths]
@@ -157,19 +151,12 @@ def _average_file(
             _write_tiff(result, header, [mean(map(read_image, paths))])
         else:
             write_png(result, mean(map(read_image, paths)))
-    write_json(
-        sidecar,
-        {
-            "inputs": [str(path) for path in paths],
-            "inputs_sha256": hashes,
-            "settings": {"weights": list(shares), "domain": domain},
-            "lamina": package_versions(("lamina",))["lamina"] or "not installed",
-            "shape": list(header.shape),
-            "dtype": str(header.dtype),
-            "results": [name],
-        },
-    )
-    return result
+    details = {
+        "inputs": [str(path) for path in paths],
+        "shape": list(header.shape),
+        "dtype": str(header.dtype),
+    }
+    batch.record(name, [result], {}, details)
 
 
 def _common_header(paths: Sequence[Path]) -> ImageHeader:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.budget import available_bytes
+from pipeline.data.ome_metadata import SPACE_UNITS
 from pipeline.data.volumes import Volume, open_volume
 from pipeline.errors import ConfigurationError
 from pipeline.inference.finishing import Finish
@@ -198,6 +199,13 @@ class VolumeStream:
         growth = self.plan.growth(self.inferer.grid)
         return f"{self.plan.table()}\n{growth_table(growth)}"
 
+    def begin(self) -> Any | None:
+        """Create what blocks are written to, and log the plan; None where the result is whole."""
+        array = self._open()
+        if array is not None:
+            self._announce()
+        return array
+
     def run(self, blocks: Sequence[int] | None = None) -> StreamResult:
         """Compute blocks that are not done yet, and complete the result if all are.
 
@@ -208,19 +216,20 @@ class VolumeStream:
         chosen = range(self.plan.count) if blocks is None else blocks
         if not all(0 <= index < self.plan.count for index in chosen):
             raise ConfigurationError(f"blocks {list(chosen)}: there are 0 to {self.plan.count - 1}")
-        if self.overwrite:
-            self.store.remove()
-            self.overwrite = False  # what a second call finds is this run's own
         before = self._engine.windows
-        array = self.store.open()
+        array = self.begin() if blocks is None else self._open()
         if array is not None:
-            if blocks is None:
-                self._announce()
             for index in chosen:
                 self._run_block(index, array)
         complete = self.store.finish()
         windows, seconds = self._engine.windows - before, time.monotonic() - started
         return StreamResult(self.target, complete, windows, seconds, self.plan)
+
+    def _open(self) -> Any | None:
+        if self.overwrite:
+            self.store.remove()
+            self.overwrite = False  # what a second call finds is this run's own
+        return self.store.open()
 
     def _run_block(self, index: int, array: Any) -> None:
         """Compute what is missing of a block."""
@@ -243,12 +252,12 @@ class VolumeStream:
 
     def _noting(self, index: int, before: int) -> Callable[[int], None]:
         """Return what notes how far a block is, and says so now and then."""
-        made, begun = made_with(self.inferer), time.monotonic()
-        depth, said = self.plan.blocks[index].shape[0], begun
+        depth, begun = self.plan.blocks[index].shape[0], time.monotonic()
+        said = begun
 
         def note(planes: int) -> None:
             nonlocal said
-            self.store.note(index, before + planes, made)
+            self.store.note(index, before + planes, made_with(self.inferer))
             now, left = time.monotonic(), depth - before - planes
             if left and now - said >= _NOTE_EVERY_S:
                 said = now
@@ -260,10 +269,14 @@ class VolumeStream:
         return note
 
     def _content(self) -> dict[str, Any]:
+        unit = self.source.unit
+        if unit is not None and unit not in SPACE_UNITS:
+            logger.warning("%s: unit %r is none of OME-Zarr's, left out", self.source.path, unit)
+            unit = None
         return {
             "dtype": self.finish.dtype,
             "spacing": self.source.spacing,
-            "unit": self.source.unit,
+            "unit": unit,
             "channels": self.plan.channels_out if self.plan.channels_out > 1 else None,
         }
 

@@ -287,6 +287,7 @@ def test_inference_goes_through_the_engine(combination):
         assert config["predictor"]["_target_"] == "pipeline.inference.test_time.FlipsAndTurns"
         assert config["members"].startswith("$load_ensemble(")
         assert config["batch"]["_target_"] == "pipeline.inference.batch.BatchRun"
+        assert config["dataloader"]["_target_"] == "pipeline.inference.accepted.AcceptedLoader"
         used = set().union(*references(definition(config, "evaluator", "batch")).values())
         assert {"predictor", "members", "inferer", "runner"} <= used
         assert config["evaluator"]["network"] == "@predictor"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.data.checksums import file_sha256
 from pipeline.errors import CheckpointError, InputErrors, lamina_cause
 from pipeline.training.checkpoints import read_checkpoint, write_checkpoint
 
@@ -143,13 +144,29 @@ def test_inference_skips_what_is_done(bundle, inferred, inputs, trained, tmp_pat
     assert [summary[key] for key in ("done", "skipped")] == [0, 2]
 
 
-def test_inference_goes_past_a_bad_file_and_says_so(bundle, inferred, inputs, trained, tmp_path):
+def test_a_sidecar_says_what_its_result_is_made_from(inferred, inputs, trained):
+    folder, names = inputs
+    for name in names:
+        sidecar = json.loads((inferred / name).with_suffix(".json").read_text(encoding="utf-8"))
+        assert sidecar["input_sha256"] == file_sha256(folder / name)
+        assert sidecar["model_sha256"] == file_sha256(trained.best)
+        assert sidecar["settings"]["ensemble"]["sources"] == [file_sha256(trained.best)]
+        assert {"lamina", "torch", "monai"} <= sidecar["versions"].keys()
+        assert sidecar["used"]
+        assert all((inferred / result).exists() for result in sidecar["results"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_inference_goes_past_a_bad_file_and_says_so(
+    bundle, inferred, inputs, trained, tmp_path, workers
+):
     folder = shutil.copytree(inputs[0], tmp_path / "inputs")
     bad, good = inputs[1]
     bundle.case.spoil_input(folder / bad)
     results = tmp_path / "results"
+    run = {"dataset_dir": folder, "output_dir": results, "ckpt_path": trained.best}
     with pytest.raises(InputErrors, match=bad) as caught:
-        bundle.run("inference", dataset_dir=folder, output_dir=results, ckpt_path=trained.best)
+        bundle.run("inference", num_workers=workers, **run)
     assert caught.value.exit_code == 3
     with (results / "failures.csv").open(encoding="utf-8") as table:
         assert [(row["path"], row["code"]) for row in csv.DictReader(table)] == [(bad, "3")]

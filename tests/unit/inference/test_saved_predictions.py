@@ -24,6 +24,7 @@ from pipeline.data.images import read_image
 from pipeline.data.writers import write_png, write_tiff
 from pipeline.errors import ConfigurationError, InputError, InputErrors
 from pipeline.inference.averages import Domain
+from pipeline.inference.batch import BatchRun
 from pipeline.inference.ensembles import Ensemble
 from pipeline.inference.saved_predictions import average_predictions
 
@@ -153,7 +154,8 @@ def test_names_and_folders_are_kept_and_other_files_left_alone(
     assert found == [tmp_path / "mean" / f"{name}_probability.png" for name in names]
     files = {p.relative_to(tmp_path / "mean").as_posix() for p in (tmp_path / "mean").rglob("*.*")}
     sidecars = {f"{name}_probability.json" for name in names}
-    assert files == {f"{name}_probability.png" for name in names} | sidecars | {"failures.csv"}
+    tables = {"failures.csv", "per_image.csv", "summary.json"}
+    assert files == {f"{name}_probability.png" for name in names} | sidecars | tables
 
 
 def test_files_of_another_name_may_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
@@ -166,7 +168,9 @@ def test_sidecar_tells_what_a_result_was_made_from(runs: list[Path], tmp_path: P
     sidecar = json.loads((tmp_path / "mean" / "left" / "b_probability.json").read_text("utf-8"))
     inputs = [run / "left" / "b_probability.png" for run in runs]
     assert sidecar["inputs"] == [str(path) for path in inputs]
-    assert sidecar["inputs_sha256"] == [file_sha256(path) for path in inputs]
+    hashes = [sidecar["input_sha256"], *sidecar["beside_sha256"].values()]
+    assert hashes == [file_sha256(path) for path in inputs]
+    assert sidecar["model_sha256"] is None
     assert sidecar["settings"] == {"weights": [0.75, 0.25], "domain": "logit"}
     assert sidecar["results"] == ["left/b_probability.png"]
     assert (sidecar["shape"], sidecar["dtype"]) == ([4, 5], "uint16")
@@ -216,7 +220,8 @@ def test_values_that_are_no_probability_are_listed_and_nothing_is_left(
     given_in = folders(tmp_path, "x_probability.tif", arrays, write_tiff)
     with pytest.raises(InputErrors, match=r"run_1.*expected probabilities between 0 and 1"):
         average_predictions(given_in, tmp_path / "mean")
-    assert [path.name for path in (tmp_path / "mean").iterdir()] == ["failures.csv"]
+    left = sorted(path.name for path in (tmp_path / "mean").iterdir())
+    assert left == ["failures.csv", "per_image.csv", "summary.json"]
 
 
 @pytest.mark.parametrize(
@@ -244,10 +249,38 @@ def test_an_old_sidecar_does_not_vouch_for_a_new_result(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.inference.saved_predictions.write_json", killed)
+    monkeypatch.setattr(BatchRun, "record", killed)
     with pytest.raises(KeyboardInterrupt):
         average_predictions(runs, tmp_path / "mean", [3, 1])
     assert [path.name for path in (tmp_path / "mean").glob("a_*")] == ["a_probability.png"]
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*_probability.*")}
+
+
+def test_what_is_averaged_already_is_left_as_it_is(runs: list[Path], tmp_path: Path) -> None:
+    first = average_predictions(runs, tmp_path / "mean")
+    before = times(tmp_path / "mean")
+    assert average_predictions(runs, tmp_path / "mean") == first
+    assert times(tmp_path / "mean") == before
+    summary = json.loads((tmp_path / "mean" / "summary.json").read_text("utf-8"))
+    counts = [summary[key] for key in ("inputs", "done", "skipped", "rejected", "exit_code")]
+    assert counts == [3, 0, 3, 0, 0]
+
+
+@pytest.mark.parametrize("changed", ["weights", "domain", "second"])
+def test_what_is_made_from_something_else_is_averaged_again(
+    runs: list[Path], tmp_path: Path, changed: str
+) -> None:
+    average_predictions(runs, tmp_path / "mean")
+    if changed == "second":
+        path = runs[1] / "left" / "b_probability.png"
+        write_png(path, stored(drawn(99, 4, 5), "uint16"))
+    other: dict[str, Any] = {"weights": {"weights": [3, 1]}, "domain": {"domain": "logit"}}
+    average_predictions(runs, tmp_path / "mean", **other.get(changed, {}))
+    summary = json.loads((tmp_path / "mean" / "summary.json").read_text("utf-8"))
+    assert summary["done"] == (1 if changed == "second" else 3)
 
 
 def test_a_file_left_out_keeps_its_earlier_result_and_sidecar(
@@ -289,7 +322,7 @@ def test_the_end_is_told(
 ) -> None:
     with caplog.at_level(logging.INFO, "pipeline"):
         average_predictions(runs, tmp_path / "mean")
-    assert "3 predictions of 2 folders averaged, 0 left out" in caplog.text
+    assert "3 done, 0 skipped, 0 rejected" in caplog.text
 
 
 @pytest.mark.parametrize(
