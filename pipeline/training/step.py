@@ -264,6 +264,8 @@ class TrainingStep:
                 loss = engine.loss_function(pred, targets).mean()
                 engine.state.output[CommonKeys.LOSS] = loss
                 engine.fire_event(IterationEvents.LOSS_COMPLETED)
+                if isinstance(pred, list | tuple):  # deep supervision: the full size stands first
+                    pred = pred[0]
             self.scaler.scale(loss * (share * batch.counted / samples)).backward()
             preds.append(pred.detach())
             mean = mean + loss.detach() * share
