@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,9 @@ _REMEDIES = {
     errno.EISDIR: "a folder stands under that name; remove it or choose another output folder",
     errno.ENAMETOOLONG: "choose a shorter output folder",
 }
+
+# A file server's clock, which dates the files, and that of a machine, which dates its processes.
+_CLOCKS_DIFFER_S = 60.0
 
 
 @contextmanager
@@ -228,12 +232,14 @@ def check_free_bytes(folder: Path | str, needed_bytes: int) -> None:
 def remove_stale(folder: Path | str) -> list[Path]:
     """Delete temporary files under `folder` whose process is gone; return what was deleted.
 
-    Call it under the lock of the run: a process id means nothing on another machine.
+    A process that began after a file was written only has the same number: after a restart of the
+    machine, and in a container, where it is often the same one. Call it under the lock of the run:
+    a process id means nothing on another machine.
     """
     removed = []
     for path in sorted(Path(folder).rglob(".*.tmp*")):
-        match = re.fullmatch(r"\..+\.(\d+)\.tmp(\..*)?", path.name)
-        if match and path.is_file() and not psutil.pid_exists(int(match[1])):
+        match = re.fullmatch(r"\..+\.(\d+)(-\d+)?\.tmp(\..*)?", path.name)
+        if match and path.is_file() and not _is_being_written(path, int(match[1])):
             _unlink(path)
             removed.append(path)
     if removed:
@@ -241,10 +247,23 @@ def remove_stale(folder: Path | str) -> list[Path]:
     return removed
 
 
+def _is_being_written(path: Path, process_id: int) -> bool:
+    """Return whether the process that has this number may be the one that writes `path`."""
+    try:
+        began_s = psutil.Process(process_id).create_time()
+        return path.stat().st_mtime > began_s - _CLOCKS_DIFFER_S
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except (psutil.Error, OSError):  # a process of somebody else, on some systems
+        return True
+
+
 def _temporary_name(final: Path) -> Path:
+    """Return a name that no other process or thread writes to at the same time."""
     suffixes = "".join(final.suffixes)
     stem = final.name[: len(final.name) - len(suffixes)] if suffixes else final.name
-    return final.with_name(f".{stem}.{os.getpid()}.tmp{suffixes}")
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    return final.with_name(f".{stem}.{writer}.tmp{suffixes}")
 
 
 def _sync(path: Path) -> None:

@@ -4,10 +4,15 @@ import csv
 import errno
 import json
 import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -100,12 +105,75 @@ def test_failure_of_a_body_that_wrote_nothing_is_an_error(tmp_path: Path) -> Non
         pass
 
 
+def test_threads_that_write_one_name_leave_the_whole_file_of_one(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def write(content: bytes) -> None:
+        with atomic.atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(content[:5])
+            both.wait()
+            with temporary.open("ab") as stream:
+                stream.write(content[5:])
+            both.wait()
+
+    contents = (b"0" * 10, b"1" * 10)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, contents))
+    assert (tmp_path / "a.bin").read_bytes() in contents
+    assert files_below(tmp_path) == ["a.bin"]
+
+
 def test_only_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead = 2**22 + 12345  # above the largest process id Linux gives out
-    for name in (f".best.{dead}.tmp.pt", f".best.{os.getpid()}.tmp.pt", ".best.pt", "best.pt"):
+    stale = [f".best.{dead}-7.tmp.pt", f".best.{dead}.tmp.pt"]  # the second by an earlier version
+    mine = [f".best.{os.getpid()}-7.tmp.pt", f".best.{os.getpid()}.tmp.pt"]
+    for name in [*stale, *mine, ".best.pt", "best.pt", f".best.{dead}-x.tmp.pt"]:
         (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in atomic.remove_stale(tmp_path)] == [f".best.{dead}.tmp.pt"]
-    assert len(files_below(tmp_path)) == 3
+    assert [path.name for path in atomic.remove_stale(tmp_path)] == stale
+    assert len(files_below(tmp_path)) == 5
+
+
+def test_what_was_being_written_when_the_process_was_killed_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pipeline.data.atomic import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as path: path.touch(); print(path.name, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.nii.gz")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        name = running.stdout.readline().decode().strip()
+        try:
+            assert atomic.remove_stale(tmp_path) == []
+        finally:
+            running.kill()
+    assert atomic.remove_stale(tmp_path) == [tmp_path / name]
+    assert files_below(tmp_path) == []
+
+
+def test_process_that_began_after_a_file_was_written_has_not_written_it(tmp_path: Path) -> None:
+    """A restart gives its number to another process; clocks may differ by less than a minute."""
+    began_s = psutil.Process().create_time()
+    for name, seconds in (("before", -100), ("at_the_time", -20), ("after", 100)):
+        path = tmp_path / f".{name}.{os.getpid()}-7.tmp"
+        path.touch()
+        os.utime(path, (began_s + seconds,) * 2)
+    (removed,) = atomic.remove_stale(tmp_path)
+    assert removed.name.startswith(".before")
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(psutil.AccessDenied, True), (psutil.NoSuchProcess, False)]
+)
+def test_file_of_a_process_that_cannot_be_asked_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[psutil.Error], stays: bool
+) -> None:
+    def refuse(number: int) -> None:
+        raise error(number)
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    (tmp_path / ".a.123-7.tmp").touch()
+    atomic.remove_stale(tmp_path)
+    assert (tmp_path / ".a.123-7.tmp").exists() == stays
 
 
 def test_space_is_checked_with_a_reserve_of_a_tenth(

@@ -1,50 +1,50 @@
-"""Two processes side by side, for what they do together."""
+"""Two processes side by side, for what they do together; and a disk that nobody waits for."""
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-# What each of them runs: the function `act` of the test's own file.
-_SCRIPT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("scenarios", sys.argv[1])
-scenarios = importlib.util.module_from_spec(spec)
-sys.modules["scenarios"] = scenarios
-spec.loader.exec_module(scenarios)
-scenarios.act(*sys.argv[2:])
-"""
+Ended = list[tuple[int, str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_power_cut() -> Iterator[None]:
+    """Let nothing wait until the disk has it: on a busy machine that was half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which takes nothing but open files either
+        yield
 
 
 @pytest.fixture(scope="session")
-def run_in_two() -> Callable[..., list[tuple[int, str]]]:
-    """Call `act(*words)` of a file in two processes; return exit code and errors of each."""
+def run_in_two() -> Callable[..., list[Ended]]:
+    """Call `act(*words)` of a file in two processes, for each list of words in turn.
+
+    Returns:
+        For each of them exit code and output of both processes.
+    """
     return _run_in_two
 
 
-def _run_in_two(file: str, *words: str | Path, timeout_s: float = 180) -> list[tuple[int, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _SCRIPT, file, *map(str, words)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=timeout_s)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
+def _run_in_two(file: str, *rounds: list[str | Path], timeout_s: float = 180) -> list[Ended]:
+    words = json.dumps([list(map(str, each)) for each in rounds])
+    script = Path(__file__).with_name("in_two.py")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, file, words],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as running:
+        try:
+            found = json.loads(running.communicate(timeout=timeout_s)[0])
+        finally:
+            with suppress(ProcessLookupError):  # those it has started end with it
+                os.killpg(running.pid, signal.SIGKILL)
+    return [[(code, told) for code, told in each] for each in found]

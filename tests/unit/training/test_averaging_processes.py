@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.training import processes
 from pipeline.training.averaging import AveragedNetwork, SWAHandler
@@ -148,7 +148,8 @@ def act(task: str, folder: str) -> None:
     own, shared = Path(folder) / f"{mine.rank}", Path(folder) / "killed"
     run = RUNS["stochastic with batch norm"]
     if task == "resume":
-        found = {"resumed": train(shared, 3, mine.rank, 2, **run)}
+        begun = read_checkpoint(shared / "last.pt")["iteration"]
+        found = {"begun": begun, "resumed": train(shared, 3, mine.rank, 2, **run)}
     else:  # each into a folder of its own, to see who writes
         found = {
             name: train(own / name, 3, mine.rank, 2, **settings)
@@ -161,23 +162,21 @@ def act(task: str, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    run_in_two: Callable[..., list[tuple[int, str]]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(run_in_two: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have trained, one was killed, and both went on."""
     folder = tmp_path_factory.mktemp("averaging")
-    (one, told), (other, _) = run_in_two(__file__, "train", folder)
+    first, then = run_in_two(__file__, ["train", folder], ["resume", folder])
+    (one, told), (other, _) = first
     assert other == -signal.SIGKILL
     assert one == 1, told
     assert "process 0 has lost another one" in told
-    killed = read_checkpoint(folder / "killed" / "last.pt")
-    assert LENGTH < killed["iteration"] < EPOCHS * LENGTH
-    ended = run_in_two(__file__, "resume", folder)
-    assert [code for code, _ in ended] == [0, 0], ended
+    assert [code for code, _ in then] == [0, 0], then
+    for begun in found_by_both(folder, "resume", "begun"):
+        assert LENGTH < begun < EPOCHS * LENGTH
     return folder
 
 
-def found_by_both(folder: Path, task: str, name: str) -> list[dict[str, dict[str, Tensor]]]:
+def found_by_both(folder: Path, task: str, name: str) -> list[Any]:
     return [torch.load(folder / f"{task} {rank}.pt", weights_only=True)[name] for rank in range(2)]
 
 

@@ -225,11 +225,11 @@ def act(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(
-    run_in_two: Callable[..., list[tuple[int, str]]], tmp_path_factory: pytest.TempPathFactory
+    run_in_two: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    ended = run_in_two(__file__, folder)
+    (ended,) = run_in_two(__file__, [folder])
     assert [code for code, _ in ended] == [0, 0], ended
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +34,8 @@ from pipeline.training.schedules import ValidatedPlateau, one_cycle, warm_up
 from pipeline.training.step import TrainingStep
 
 EPOCHS, LENGTH, RATE = 6, 3, 0.05
+TWICE = (0.9, 0.5, math.nan, 0.7, 2.0, 0.45)  # losses by which a run goes back in epochs 3 and 5
+EXPONENTIAL: dict[str, Any] = {"start_epoch": 1, "unit": "step", "learning_rate": None}
 Make = Callable[[Optimizer, Engine], Any]
 
 SCHEDULES: dict[str, Make] = {
@@ -46,7 +44,6 @@ SCHEDULES: dict[str, Make] = {
     "plateau": lambda o, validator: ValidatedPlateau(
         lr_scheduler.ReduceLROnPlateau(o, patience=0), validator, "val_loss"
     ),
-    "step": lambda o, _: lr_scheduler.StepLR(o, 4, 0.5),
     "long steps": lambda o, _: lr_scheduler.StepLR(o, 99),
     "exponential": lambda o, _: lr_scheduler.ExponentialLR(o, 0.9),
     "warm-up": lambda o, _: warm_up(lr_scheduler.CosineAnnealingLR(o, 8), 4),
@@ -88,6 +85,8 @@ class Run:
     stop_after: int = 999  # iterations
     every: int | None = None
     optimizer_type: type[Optimizer] = torch.optim.AdamW
+    averaged: dict[str, Any] = field(default_factory=lambda: EXPONENTIAL)
+    listed: bool = False  # among the handlers, instead of attached by the history
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -134,13 +133,13 @@ class Run:
             train_handlers=[
                 DataOrder(batches, seed=1),
                 ScheduleHandler(self.scheduler, "update", 2),
-                SWAHandler(
-                    self.average, self.network, self.optimizer, 2,
-                    start_epoch=1, unit="step", learning_rate=None,
-                ),
+                SWAHandler(self.average, self.network, self.optimizer, 2, **self.averaged),
                 Validation(self.interval, self.evaluator),
-                History(str(self.folder / "history.yaml"), self.monitor, self.optimizer),
-                self.back,
+                History(
+                    str(self.folder / "history.yaml"), self.monitor, self.optimizer,
+                    roll_back=None if self.listed else self.back,
+                ),
+                *([self.back] if self.listed else []),
                 self.saving(),
             ],
         )  # fmt: skip
@@ -214,11 +213,22 @@ def same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The uninterrupted run of `TWICE`, made once for each schedule."""
+    return functools.cache(
+        lambda schedule="one-cycle": Run(
+            tmp_path_factory.mktemp("whole"), TWICE, schedule=schedule
+        ).start()
+    )
+
+
 # Going back
 
 
-@pytest.mark.parametrize("optimizer_type", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("averaging", [True, False])
+@pytest.mark.parametrize(
+    ("averaging", "optimizer_type"), [(True, torch.optim.AdamW), (False, torch.optim.SGD)]
+)
 def test_going_back_takes_the_best_weights_and_forgets_the_rest(
     tmp_path: Path, averaging: bool, optimizer_type: type[Optimizer]
 ) -> None:
@@ -238,7 +248,7 @@ def test_going_back_takes_the_best_weights_and_forgets_the_rest(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "restarts", "plateau", "warm-up"])
+@pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
 def test_rates_are_lower_from_then_on(tmp_path: Path, schedule: str) -> None:
     plain = Run(tmp_path / "plain", schedule=schedule, roll_back={}).start()
     lower = Run(
@@ -267,6 +277,38 @@ def test_run_may_go_back_again(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         "val_loss is 3 in epoch 4, 0.5 in the best epoch 1, and may exceed it by 50%: "
         "back to the weights of epoch 1 at learning rate 0.0125 (2 of 5)",
     ]
+
+
+# What is told of it
+
+
+def test_history_tells_which_epoch_was_gone_back_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = Run(tmp_path).start()
+    assert [e.get("rolled_back_to") for e in run.history()] == [None, None, None, 2, None, None]
+    (line,) = (r.getMessage() for r in caplog.records if "| back to" in r.getMessage())
+    assert line.startswith("epoch 4/6 | ")
+    assert "| back to epoch 2 |" in line
+
+
+def test_what_a_checkpoint_says_is_said_of_its_weights(tmp_path: Path) -> None:
+    """At the end of the epoch that was undone, and within the next one."""
+    Run(tmp_path, stop_after=12).start()
+    best, last = (read_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last"))
+    assert best["metrics"]["threshold"] == pytest.approx(0.31)
+    assert (last["metrics"], last["threshold"]) == (best["metrics"], best["threshold"])
+    run = Run(tmp_path, stop_after=14, every=2).start()
+    assert (run.read("last")["iteration"], run.read("last")["threshold"]) == (14, best["threshold"])
+
+
+def test_listed_after_the_history_it_does_the_same(
+    tmp_path: Path, finished: Callable[..., Run]
+) -> None:
+    run = Run(tmp_path, TWICE, listed=True).start()
+    assert run.rates == finished().rates
+    assert same(run.read("last"), finished().read("last"))
 
 
 # When
@@ -322,27 +364,16 @@ def test_switched_off_it_changes_nothing(tmp_path: Path, metric: str) -> None:
 # Resuming
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """The uninterrupted run of a schedule, made once; it goes back in epochs 3 and 5."""
-    return functools.cache(
-        lambda schedule: Run(tmp_path_factory.mktemp("whole"), TWICE, schedule=schedule).start()
-    )
-
-
-TWICE = (0.9, 0.5, math.nan, 0.7, 2.0, 0.45)
-
-
 @pytest.mark.parametrize(
     ("schedule", "stop_after"),
-    [("one-cycle", at) for at in (6, 8, 9, 11, 12, 15)]
-    + [(name, 11) for name in ("restarts", "plateau", "step", "exponential", "warm-up")],
+    [("one-cycle", at) for at in (8, 9, 11, 12)]
+    + [(name, 11) for name in ("restarts", "plateau", "warm-up")],
 )
 def test_resumed_run_that_goes_back_is_the_uninterrupted_one(
-    tmp_path: Path, whole_run: Callable[[str], Run], schedule: str, stop_after: int
+    tmp_path: Path, finished: Callable[..., Run], schedule: str, stop_after: int
 ) -> None:
     """Killed before, with and after going back, at the ends of epochs and within them."""
-    whole = whole_run(schedule)
+    whole = finished(schedule)
     assert whole.back.count == 2
     Run(tmp_path, TWICE, schedule=schedule, stop_after=stop_after, every=2).start()
     resumed = Run(tmp_path, TWICE, schedule=schedule).start()
@@ -354,12 +385,29 @@ def test_resumed_run_that_goes_back_is_the_uninterrupted_one(
 
 
 def test_resumed_run_uses_the_checkpoint_before_if_the_last_is_damaged(
-    tmp_path: Path, whole_run: Callable[[str], Run]
+    tmp_path: Path, finished: Callable[..., Run]
 ) -> None:
     Run(tmp_path, TWICE, stop_after=9).start()  # went back in the last epoch
     (tmp_path / "last.pt").write_bytes(b"half")
     resumed = Run(tmp_path, TWICE).start()
-    assert same(resumed.read("last"), whole_run("one-cycle").read("last"))
+    assert same(resumed.read("last"), finished().read("last"))
+
+
+@pytest.mark.parametrize(("start_epoch", "stop_after"), [(1, 12), (3, 12), (5, 14)])
+def test_rates_of_averaging_are_lower_too_and_resumed(
+    tmp_path: Path, start_epoch: int, stop_after: int
+) -> None:
+    """Averaging begins before going back and after it; the rate moves within three epochs."""
+    averaged = {"start_epoch": start_epoch, "learning_rate": 0.02, "anneal_epochs": 3}
+    run = functools.partial(Run, schedule="exponential", averaged=averaged)
+    plain = run(tmp_path / "plain", roll_back={}).start()
+    whole = run(tmp_path / "whole").start()
+    assert whole.rates[:12] == plain.rates[:12]
+    assert whole.rates[12:] == pytest.approx([rate / 2 for rate in plain.rates[12:]])
+    run(tmp_path / "parts", stop_after=stop_after, every=2).start()
+    resumed = run(tmp_path / "parts").start()
+    for name in ("last", "best", "swa"):
+        assert same(resumed.read(name), whole.read(name)), name
 
 
 def test_resumed_run_may_be_given_another_metric(tmp_path: Path) -> None:
@@ -443,16 +491,6 @@ def test_weights_come_from_the_process_that_writes(
     assert same(Run(tmp_path, stop_after=12).start().read("last")["model"], best["model"])
 
 
-SCRIPT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("scenarios", sys.argv[1])
-scenarios = importlib.util.module_from_spec(spec)
-sys.modules["scenarios"] = scenarios
-spec.loader.exec_module(scenarios)
-scenarios.act(sys.argv[2])
-"""
-
-
 def act(folder: str) -> None:
     """What each of two processes does: the same batches, so that weights need no exchange."""
     torch.set_num_threads(1)
@@ -471,23 +509,12 @@ def act(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_back_alike(tmp_path: Path, whole_run: Callable[[str], Run]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", SCRIPT, __file__, str(tmp_path)]
-    started = [
-        subprocess.Popen(command, env=os.environ | common | {"RANK": rank, "OMP_NUM_THREADS": "1"})
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    whole = whole_run("one-cycle")
+def test_two_processes_go_back_alike(
+    tmp_path: Path, run_in_two: Callable[..., Any], finished: Callable[..., Run]
+) -> None:
+    (ended,) = run_in_two(__file__, [tmp_path])
+    assert [code for code, _ in ended] == [0, 0], ended
+    whole = finished()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found_{rank}.pth", weights_only=True)
         assert found["count"] == 2

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_the_old_checkpoint_stays_and_the_run_goes_on_later(
     number: int,
 ) -> None:
     folder = tmp_path
-    temporary = folder / "checkpoints" / f".{name}.{os.getpid()}.tmp.pt"
+    temporary = folder / "checkpoints" / f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp.pt"
     with monkeypatch.context() as patch:
         disk = Disk(patch, temporary, stage, number)
         run = Run(folder, before={3: disk.fail})

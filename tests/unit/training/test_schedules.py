@@ -170,15 +170,14 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("unit", "accumulation", "stop_after"),
-    [
-        ("update", 1, 4),
-        ("update", 2, 5),  # within an epoch, after its first group
-        ("update", 2, 6),
-        ("epoch", 1, 4),
+    ("name", "unit", "accumulation", "stop_after"),
+    [(name, "update", 2, 5) for name in SCHEDULES]  # within an epoch, after its first group
+    + [
+        (name, *kind)
+        for name in ("restarts", "plateau", "warm-up, one-cycle", "warm-up, plateau")
+        for kind in (("update", 1, 4), ("update", 2, 6), ("epoch", 1, 4))
     ],
 )
-@pytest.mark.parametrize("name", SCHEDULES)
 def test_resumed_schedule_is_the_uninterrupted_one(
     tmp_path: Path, name: str, unit: str, accumulation: int, stop_after: int
 ) -> None:
