@@ -59,6 +59,7 @@ NUMPY_ONLY = (
         for name in (
             "betti_numbers",
             "compilation",
+            "defects",
             "merge_sweeps",
             "metrics",
             "phantom*",
