@@ -91,23 +91,24 @@ class Finish:
         return 1 if self.labels or self.select is not None else given
 
     def __call__(self, logits: Tensor) -> NDArray[Any]:
-        """Return what is written for `logits` `(C, ...)`: `(C', ...)`."""
+        """Return what is written for `logits` `(C, ...)`: `(C', ...)`.
+
+        A voxel's value does not depend on which others are finished with it.
+        """
+        values: NDArray[Any] = np.asarray(logits.to(_summed_in(logits)).cpu())
         if self.labels:
-            return np.asarray(logits.argmax(0, keepdim=True).to(torch.uint8).cpu())
-        values = logits
+            return np.asarray(values.argmax(0, keepdims=True), np.uint8)
         if self.activation == "softmax":
-            values = torch.softmax(values, 0)
+            values = _softmax(values)
         if self.select is not None:
             values = values[self.select : self.select + 1]
         if self.activation == "sigmoid":
-            values = torch.sigmoid(values)
+            values = _sigmoid(values)
         if self.threshold is not None:
-            values = (values >= self.threshold).to(torch.uint8)
-        elif self.dtype == np.uint8:
-            values = (values * 255).round_().to(torch.uint8)
-        else:
-            values = values.to(getattr(torch, self.dtype.name))
-        return np.asarray(values.cpu())
+            return np.asarray(values >= self.threshold, np.uint8)
+        if self.dtype == np.uint8:
+            values = np.rint(values * 255)
+        return values.astype(self.dtype, copy=False)
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the result, as plain data."""
@@ -120,3 +121,24 @@ class Finish:
             "select": self.select,
             "scale": 1 / 255 if scaled else 1,  # by which a value in the file is multiplied
         }
+
+
+# In numpy, and not in torch, whose exponential on a CPU differs by a rounding between the middle of
+# an array and its last few elements: then a voxel would depend on how the volume is cut.
+
+
+def _sigmoid(values: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is meant
+        return np.asarray(1 / (1 + np.exp(-np.ascontiguousarray(values))))
+
+
+def _softmax(values: NDArray[Any]) -> NDArray[Any]:
+    powers = np.exp(np.ascontiguousarray(values - values.max(0)))
+    total = powers[0].copy()
+    for power in powers[1:]:  # one after another: the order of a sum is part of the result
+        total += power
+    return np.asarray(powers / total)
+
+
+def _summed_in(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline.inference.stream_plan import Block, StreamPlan
 from pipeline.inference.windows import Grid
 
 __all__ = ["SlabEngine"]
+
+logger = logging.getLogger(__name__)
 
 
 class SlabEngine:
@@ -86,6 +89,10 @@ class SlabEngine:
         if self._channels not in (None, found):
             raise ConfigurationError(f"channels is {self._channels}, the network gives {found}")
         return torch.empty(found, dtype=outputs[0].dtype)
+
+    def make_ready(self) -> None:
+        """Prepare the network and run it once, so that what does not suit is told in time."""
+        logger.debug("the network gives %d channels", len(self.output))
 
     def planes(self, plan: StreamPlan, block: Block) -> Iterator[Tensor]:
         """Yield the blended planes `(C', k, h, w)` of a block, in order."""

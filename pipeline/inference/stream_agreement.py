@@ -55,6 +55,7 @@ def agreement_of(
             "mask": None if mask is None else _described(mask),
             "inferer": {**inferer.settings(), "backend": inferer.backend.request()},
             "finish": finish.settings(),
+            "channels": plan.channels_out,
             "identity": identity or {},
             # Thousands of blocks would be a long list.
             "blocks": {"count": plan.count, "sha256": text_sha256(edges)},

@@ -15,7 +15,7 @@ from pipeline.inference.windows import Grid
 
 __all__ = ["Block", "StreamPlan", "growth_table", "plan_stream"]
 
-_SPARE = 1.4  # measured peak by the sum of the arrays below: windows, decoded chunks, fragments
+_SPARE = 1.7  # measured peak by the sum of the arrays below: windows, decoded chunks, fragments
 _SUM_BYTES = 4  # float32
 _SCROLL = (26_000, 20_000, 20_000)  # 10^13 voxels
 
@@ -125,8 +125,8 @@ class StreamPlan:
         }
         if seconds_per_window is not None:
             seconds = self.windows * seconds_per_window
-            rows["time on one worker"] = f"{seconds / 3600:,.1f} h"
-            rows["time on all blocks at once"] = f"{seconds / self.count / 3600:,.1f} h"
+            rows["time on one worker"] = _time(seconds)
+            rows["time on all blocks at once"] = _time(seconds / self.count)
         return "\n".join(f"{name:<28}{value}" for name, value in rows.items())
 
     def growth(
@@ -271,6 +271,13 @@ def _gap(edges: tuple[int, int]) -> int:
 
 def _size(shape: Sequence[int]) -> str:
     return " x ".join(f"{n:,}" for n in shape)
+
+
+def _time(seconds: float) -> str:
+    for name, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def _bytes(count: int) -> str:

@@ -145,7 +145,8 @@ class StreamStore:
                     f"{self.partial} is part of a run with another {', '.join(different)}; finish "
                     "that run, choose another target, or set overwrite to true"
                 )
-        array = _open_group(self._group, "r+")["0"]
+            # Still under the lock: the folder keeps its name.
+            array = _open_group(self._group, "r+")["0"]
         if not isinstance(array, zarr.Array):
             raise ConfigurationError(f"{self._group}: level 0 is no array; set overwrite to true")
         return array

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Prepare = Callable[[Tensor], Tensor]
 _CHUNK = 128  # voxels of a chunk along the axes in the plane
 _CHUNK_PLANES = 32  # of a chunk at least: fewer make many small files
-_AT_ONCE = 2**22  # voxels that are finished together: their copies stay small
+_AT_ONCE = 2**20  # voxels that are finished together: their copies stay small
 _NOTE_EVERY_S = 60
 
 
@@ -157,7 +157,9 @@ class VolumeStream:
         self.source = source if isinstance(source, Volume) else open_volume(source)
         self.target = Path(target)
         self.mask = open_volume(mask) if isinstance(mask, str | Path) else mask
-        _check_apart(self.source.path, self.target)
+        for volume in (self.source, self.mask):
+            if volume is not None:
+                _check_apart(volume.path, self.target)
         self.inferer = inferer
         self.finish = finish or Finish()
         self.overwrite = overwrite
@@ -217,6 +219,8 @@ class VolumeStream:
         if not all(0 <= index < self.plan.count for index in chosen):
             raise ConfigurationError(f"blocks {list(chosen)}: there are 0 to {self.plan.count - 1}")
         before = self._engine.windows
+        if self.overwrite or not self.store.is_complete():
+            self._engine.make_ready()
         array = self.begin() if blocks is None else self._open()
         if array is not None:
             for index in chosen:
@@ -297,7 +301,7 @@ class VolumeStream:
 
 def _check_apart(source: Path, target: Path) -> None:
     if source.resolve().is_relative_to(target.resolve()):
-        raise ConfigurationError(f"{target}: the source lies there; choose another target")
+        raise ConfigurationError(f"{target}: {source.name} lies there; choose another target")
 
 
 def _default_chunks(inferer: SlidingWindow, shape: Sequence[int]) -> tuple[int, ...]:

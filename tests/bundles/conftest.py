@@ -42,6 +42,9 @@ class Case:
         figures: of an epoch's `val`, without the prefix `val_`, and of an evaluated image.
         score: quality between 0 and 1 of the loaded bundle on a phantom it has not seen.
         least_score: what the shipped weights reach at least.
+        mask: suffix of the masks that evaluation writes.
+        pooled: whether evaluation has figures pooled over the images.
+        pictures: whether training draws pictures at its best epoch.
     """
 
     training: Mapping[str, Any]
@@ -56,6 +59,9 @@ class Case:
     figures: tuple[str, ...]
     score: Callable[[Any], float]
     least_score: float
+    mask: str = ".png"
+    pooled: bool = True
+    pictures: bool = True
 
 
 def _truncate(path: Path) -> None:
@@ -92,7 +98,64 @@ def _fundus_score(bundle: Any) -> float:
     return vessel_metrics(probability, phantom.label, phantom.fov, bundle.threshold)["dice"]
 
 
+def _scroll_dataset(folder: Path) -> Path:
+    from pipeline.vesuvius.phantom import write_phantom_dataset
+
+    return write_phantom_dataset(folder, {"train": 2, "val": 2, "test": 2}, size_vx=40)
+
+
+def _scroll_inputs(folder: Path) -> list[str]:
+    from pipeline.data.writers import write_tiff
+    from pipeline.vesuvius.phantom import scroll_phantom
+
+    names = ["left/scroll.tif", "right/scroll.tif"]  # equal names in two folders
+    for seed, name in enumerate(names):
+        write_tiff(folder / name, scroll_phantom(seed, (36, 40, 44 - 4 * seed)).image)
+    return names
+
+
+def _scroll_result(result: Path, source: Path) -> None:
+    mask = read_image(result)
+    assert mask.shape == read_image(source).shape
+    assert set(np.unique(mask)) <= ({0, 255} if "visualization" in result.name else {0, 1})
+
+
+def _scroll_score(bundle: Any) -> float:
+    from pipeline.vesuvius.metrics import surface_dice
+    from pipeline.vesuvius.phantom import scroll_phantom
+
+    phantom = scroll_phantom(seed=7, size_vx=(64, 64, 64), difficulty="medium")
+    mask = bundle(phantom.image)["pred"] >= bundle.threshold
+    return surface_dice(mask.astype(np.uint8), phantom.label)
+
+
 CASES = {
+    "vesuvius_surface": Case(
+        training={
+            "max_epochs": 2,
+            "val_interval": 1,
+            "patches_per_volume": 1,
+            "batch_size": 2,
+            "patch_size": [16, 16, 16],
+            "roi_size": [32, 32, 32],
+            "thresholds": [0.3, 0.5],
+            "threads": 1,
+        },
+        frame={},
+        overlay=("topology_aware", {"initial_filters": 2, "depth": 1}),
+        make_dataset=_scroll_dataset,
+        training_inputs="train_images/*.tif",
+        make_inputs=_scroll_inputs,
+        spoil_input=_truncate,
+        results=(".tif", "_visualization.tif"),
+        check_result=_scroll_result,
+        figures=("surface_dice", "voi_score", "dice"),
+        score=_scroll_score,
+        least_score=0.6,
+        mask=".tif",
+        pooled=False,
+        pictures=False,
+    ),
     "fundus_vessels": Case(
         training={
             "max_epochs": 2,

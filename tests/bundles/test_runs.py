@@ -38,13 +38,13 @@ def test_the_properties_of_inference_are_whole(bundle, inputs, trained, tmp_path
     assert workflow.check_properties() == []
 
 
-def test_training_leaves_the_files_of_a_run(trained):
+def test_training_leaves_the_files_of_a_run(bundle, trained):
     found = files(trained.folder)
     expected = {"config.yaml", "environment.json", "run.log", "metrics_history.yaml", "report.html"}
     expected |= {f"checkpoints/{name}.pt" for name in ("best", "last", "previous", "swa")}
     assert expected <= found
     assert any(name.startswith("tensorboard/") for name in found)
-    assert any(name.startswith("pictures/") for name in found)
+    assert not bundle.case.pictures or any(name.startswith("pictures/") for name in found)
     assert not any(".tmp" in name for name in found)
 
 
@@ -99,13 +99,13 @@ def test_evaluation_leaves_tables_and_pictures(bundle, evaluated, trained):
     assert totals["num_test_images"] == len(rows) == 2
     figures = set(bundle.case.figures)
     assert figures <= totals["average_metrics"].keys()
-    assert figures <= totals["pooled_metrics"].keys()
+    assert not bundle.case.pooled or figures <= totals["pooled_metrics"].keys()
     assert all({"image", *figures} <= row.keys() for row in rows)
     found = files(evaluated.folder)
     assert {"config.yaml", "environment.json", "run.log", "report.html"} <= found
     for row in rows:
         stem = Path(row["image"]).with_suffix("").as_posix()
-        assert {f"predictions/{stem}.png", f"pictures/{stem}.png"} <= found
+        assert {f"predictions/{stem}{bundle.case.mask}", f"pictures/{stem}.png"} <= found
     assert (trained.folder / "tensorboard" / "test").is_dir()
 
 

@@ -50,6 +50,9 @@ run: ['$dict(network=@network_def, threshold=@threshold, architecture=@architect
 INFERENCE = """
 imports:
 - $from pipeline.bundles import find_bundle_root
+- $from pipeline.inference.ensembles import load_ensemble
+- $from pipeline.training.checkpoints import load_weights
+- $from pipeline.training.checkpoints import read_checkpoint
 bundle_root: $find_bundle_root('tiny')
 output_dir: runs/tiny
 ckpt_path: $@bundle_root + '/models/model.pt'
@@ -60,6 +63,7 @@ width: 1
 scale: 1.0
 network_def: {_target_: torch.nn.Conv2d, in_channels: 3, out_channels: 1, kernel_size: '@width'}
 network: $@network_def.to(@device)
+predictor: $load_ensemble(@network, [@ckpt_path], read=read_checkpoint, load=load_weights)
 deterministic_transforms:
 - {_target_: ScaleIntensityd, keys: image, minv: 0.0, maxv: '@scale'}
 preprocessing:
