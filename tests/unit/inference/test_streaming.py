@@ -132,6 +132,16 @@ def test_however_it_is_cut_the_result_is_the_same(
     np.testing.assert_array_equal(written(folder / "r.zarr"), expected)
 
 
+def test_a_block_with_a_window_of_its_own_is_rounded_as_the_volume_is(tmp_path: Path) -> None:
+    inferer = SlidingWindow(ROI, 0.0, "separable", tune_allocator=False)
+    array, network = noise((36, 12, 12), "float32"), convolutions()
+    stream_volume(
+        saved(tmp_path, array), tmp_path / "r.zarr", network, inferer=inferer,
+        chunks=(12, 12, 12), blocks=3,
+    )  # fmt: skip
+    np.testing.assert_array_equal(written(tmp_path / "r.zarr"), in_memory(inferer, array, network))
+
+
 def write_ome(path: Path, array: NDArray[Any], version: Any) -> Path:
     channels = len(array) if array.ndim == 4 else None
     made = create_ome_zarr(
