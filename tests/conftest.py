@@ -6,9 +6,6 @@ Nothing here imports torch, so that tests of NumPy code start at once.
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,20 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "lamina_data" in getattr(item, "fixturenames", ()):
             item.add_marker("real_data")
-
-
-@pytest.fixture(autouse=True)
-def _children_end_unheard() -> Iterator[None]:
-    """Take back torch's SIGCHLD handler after tests with loader workers.
-
-    Python runs it on a signal stack of its own. With OpenVINO in the process the kernel does not
-    deliver a signal there, and the end of any later child was a segmentation fault.
-    """
-    yield
-    handling = sys.modules.get("torch.utils.data._utils.signal_handling")
-    if handling is not None and handling._SIGCHLD_handler_set:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        handling._SIGCHLD_handler_set = False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

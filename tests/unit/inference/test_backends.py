@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,31 @@ def test_windows_may_carry_metadata_and_gradients_and_be_views() -> None:
     found = Backend("openvino").prepare(network, view)(view)
     assert_agree(found, network(view.as_tensor()).detach())
     assert type(found) is Tensor
+
+
+# A pytest process has signal stacks of its own (faulthandler's), so this needs a fresh one.
+_SIGNAL_AFTER_TWO_NETWORKS = """
+import gc, os, signal
+import torch
+from torch import nn
+from pipeline.inference.backends import Backend
+
+signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+window = torch.zeros(1, 1, 8, 8)
+runs = [Backend("openvino").prepare(nn.Conv2d(1, 1, 3).eval(), window) for _ in range(2)]
+while runs:
+    runs.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@needs_openvino
+def test_signals_are_heard_after_several_networks_are_gone() -> None:
+    """A released core took the memory of the stack that signal handlers run on."""
+    command = [sys.executable, "-c", _SIGNAL_AFTER_TWO_NETWORKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 @needs_openvino
