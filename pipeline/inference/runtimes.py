@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import torch
@@ -64,23 +64,17 @@ def open_graph(name: str, data: bytes, precision: Precision, threads: int) -> Gr
         ) from error
 
 
-@cache
-def _openvino_core(kind: Callable[[], Any]) -> Any:
-    """Return the one core of this process, never released.
-
-    A core gives the thread that compiles a stack for signal handlers, and takes that stack's memory
-    back when it is released, though a second core or another thread may have left it in use: the
-    next signal is then a segmentation fault (OpenVINO 2026.4).
-    """
-    return kind()
-
-
 class _OpenVino:
     def __init__(self, openvino: Any, data: bytes, precision: Precision, threads: int) -> None:
-        core = _openvino_core(openvino.Core)
         # Left alone, OpenVINO computes in bfloat16 where the CPU has it.
         settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "INFERENCE_NUM_THREADS": threads}
-        compiled = core.compile_model(core.read_model(data), "CPU", settings)
+        core = openvino.Core()
+        # A core gives the thread that compiles a stack for signal handlers, and frees it when it is
+        # released, wherever that is and whoever uses it by then: the next signal was a segmentation
+        # fault (OpenVINO 2026.4). So the thread that compiles is one that ends at once.
+        with ThreadPoolExecutor(1) as thread:
+            model = thread.submit(core.read_model, data).result()
+            compiled = thread.submit(core.compile_model, model, "CPU", settings).result()
         names = {hint: name for name, hint in _HINTS.items()}
         hint = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.precision = names.get(hint, hint)
