@@ -1,0 +1,1 @@
+"""Retinal layers in OCT B-scans: formats, frames, extraction, networks, metrics, a phantom."""
