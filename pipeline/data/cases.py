@@ -92,8 +92,6 @@ def inputs_below(dataset_dir: str | None, manifest: str, output_dir: str) -> lis
     if dataset_dir is None:
         raise ConfigurationError("dataset_dir is not set: give a file or a folder of files")
     source = Path(dataset_dir)
-    if source.is_file() or source.suffix == ".zarr":
-        return [{"image": str(source), "label": None, "fov": None, "name": source.name}]
     if not source.exists():
         raise InputError(f"{source}: not found, expected a file or a folder of files")
     if Path(output_dir).resolve().is_relative_to(source.resolve()):
@@ -101,5 +99,7 @@ def inputs_below(dataset_dir: str | None, manifest: str, output_dir: str) -> lis
             f"output_dir {output_dir} lies in dataset_dir {dataset_dir}: the next run would take "
             "results for inputs; choose a folder outside"
         )
+    if source.is_file() or source.suffix == ".zarr":
+        return [{"image": str(source), "label": None, "fov": None, "name": source.name}]
     samples = find_samples(load_manifest(manifest), source)
     return [{**case, "label": None} for case in as_cases(samples)]

@@ -153,5 +153,6 @@ def named_errors(path: Path | str) -> Iterator[None]:
     except _READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path}: damaged, cut short or not supported: {reason}; expected a whole volume"
+            f"{path}: damaged, cut short or not supported: {reason}; expected a whole "
+            "volume: copy it again, or leave it out"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.errors import ConfigurationError, InputError, Problem
 __all__ = [
     "class_index_cache",
     "class_indices",
+    "intensity_fault",
     "intensity_percentiles",
     "intensity_problems",
     "percentile_cache",
@@ -98,8 +99,24 @@ def intensity_percentiles(
     return found | counts
 
 
+def intensity_fault(found: Mapping[str, Any]) -> str:
+    """Return why a volume cannot be scaled by its percentiles, an empty text where it can.
+
+    Args:
+        found: what `intensity_percentiles` or a `percentile_cache` returned.
+    """
+    bad = found["nan"] + found["infinite"]
+    if bad:
+        return f"{bad} values are not finite; set them to a number, or leave the file out"
+    if found["minimum"] == found["maximum"]:
+        return f"constant: every voxel is {found['minimum']:g}; leave the file out"
+    if found["low"] == found["high"]:
+        return f"nearly constant: both percentiles are {found['low']:g}; leave the file out"
+    return ""
+
+
 def intensity_problems(percentiles: FileConstants, paths: Iterable[Path | str]) -> list[Problem]:
-    """Return the volumes that would spoil a training: values that are not finite, or only one.
+    """Return the volumes that would spoil a training: unreadable ones and those with a fault.
 
     Args:
         percentiles: what `percentile_cache` returned; it is filled.
@@ -107,14 +124,12 @@ def intensity_problems(percentiles: FileConstants, paths: Iterable[Path | str]) 
     """
     problems = []
     for path in paths:
-        found = percentiles(path)
-        bad = found["nan"] + found["infinite"]
-        if bad:
-            message = f"{bad} values are not finite; set them to a number, or leave the file out"
-            problems.append(Problem(str(path), "intensity", message))
-        elif found["minimum"] == found["maximum"]:
-            message = f"constant: every voxel is {found['minimum']:g}; leave the file out"
-            problems.append(Problem(str(path), "intensity", message))
+        try:
+            fault = intensity_fault(percentiles(path))
+        except InputError as error:
+            fault = str(error).removeprefix(f"{path}: ")
+        if fault:
+            problems.append(Problem(str(path), "intensity", fault))
     return problems
 
 

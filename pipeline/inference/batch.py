@@ -92,6 +92,7 @@ class BatchRun:
         self.problems: list[Problem] = []
         self.skipped = 0
         self.closing = ExitStack()  # what is to be closed at the end of the run
+        self._owners: dict[Path, str] = {}  # whose results they are
         self._open: dict[str, Mapping[str, Any]] = {}  # begun, neither recorded nor rejected
         self.inputs = len(cases)
         self._check_names([str(case["name"]) for case in cases])
@@ -102,8 +103,19 @@ class BatchRun:
         )
 
     def path(self, name: str, suffix: str) -> Path:
-        """Return where a result of the input `name` goes: its folders and stem, and `suffix`."""
-        return result_path(name, ".", self.output_dir, suffix)
+        """Return where a result of the input `name` goes: its folders and stem, and `suffix`.
+
+        Raises:
+            InputError: a result of another input lies there, as `a_sheets.tif` of `a.tif` would
+                where there is an input `a_sheets.tif`.
+        """
+        path = result_path(name, ".", self.output_dir, suffix)
+        owner = self._owners.setdefault(path, name)
+        if owner != name:
+            raise InputError(
+                f"{name}: its result would overwrite {path.name} of {owner}; rename the file"
+            )
+        return path
 
     def begin(self, origins: Mapping[str, Mapping[str, Any]]) -> None:
         """Note that results are about to be written; what was begun before is no longer.
@@ -237,7 +249,8 @@ class BatchRun:
 
     def _is_done(self, case: Mapping[str, Any]) -> bool:
         """Return whether the result of `case` is there, and if so take its row over."""
-        sidecar = read_sidecar(self.path(str(case["name"]), ".json"))
+        name = str(case["name"])
+        sidecar = read_sidecar(self.path(name, ".json"))
         if sidecar is None:
             return False
         if not all((self.output_dir / str(result)).exists() for result in sidecar["results"]):
@@ -247,8 +260,9 @@ class BatchRun:
                 return False
         except InputError:  # told when its turn comes
             return False
+        self._owners |= {self.output_dir / str(result): name for result in sidecar["results"]}
         self.skipped += 1
-        self.rows.append({**sidecar["row"], "image": str(case["name"])})
+        self.rows.append({**sidecar["row"], "image": name})
         return True
 
     def _check_names(self, names: Sequence[str]) -> None:

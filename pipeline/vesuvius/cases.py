@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.data.cases import Cases, as_cases, found
+from pipeline.data.file_constants import FileConstants
 from pipeline.data.folds import split_samples
 from pipeline.data.manifests import find_samples, load_manifest
 from pipeline.data.samples import Sample
+from pipeline.data.volume_statistics import intensity_problems
 from pipeline.data.volumes import open_volume
 from pipeline.errors import InputError, InputErrors, Problem
 from pipeline.vesuvius.phantom import write_phantom_dataset
+from pipeline.vesuvius.transforms import IGNORE_LABEL, label_fault
 
 __all__ = ["training_cases"]
 
@@ -26,10 +29,12 @@ def training_cases(
     fold: int | None = None,
     fold_seed: int | None = None,
     phantom_seed: int = 0,
+    intensities: FileConstants | None = None,
+    places: FileConstants | None = None,
 ) -> Cases:
     """Find, check and split the volumes of a training or evaluation run.
 
-    Headers are checked here; values are looked at when a volume's percentiles are computed.
+    Headers are always checked, values with the caches, in which a later run finds what was read.
 
     Args:
         dataset_dir: the data folder; None draws phantom scrolls and uses those.
@@ -38,6 +43,9 @@ def training_cases(
         fold: which of the manifest's folds validates; None takes the manifest's own validation set.
         fold_seed: of the folds; None: the manifest's.
         phantom_seed: of the phantoms.
+        intensities: the volumes' `percentile_cache`, which is filled; None does not look at grey
+            values.
+        places: the labels' `class_index_cache`, likewise.
 
     Raises:
         InputErrors: files are missing, unreadable or do not fit; all are listed.
@@ -49,28 +57,66 @@ def training_cases(
         logger.warning(facts[0])
     described = load_manifest(manifest)
     samples = find_samples(described, Path(dataset_dir))
-    if problems := _problems(samples):
+    if intensities is not None or places is not None:
+        logger.info("looking at all values of %d volumes, which is done once", len(samples))
+    if problems := _problems(samples, intensities, places):
         raise InputErrors(problems, f"found wrong in {dataset_dir}")
     split = split_samples(samples, described, fold, fold_seed)
     facts.append(found(described, dataset_dir, fold, split.train, split.val, split.test))
     return Cases(as_cases(split.train), as_cases(split.val), as_cases(split.test), tuple(facts))
 
 
-def _problems(samples: Sequence[Sample]) -> list[Problem]:
-    """Return every volume that cannot be opened, and every label of another size."""
+def _problems(
+    samples: Sequence[Sample], intensities: FileConstants | None, places: FileConstants | None
+) -> list[Problem]:
+    """Return what is wrong with volumes and labels; where headers are sound, the values too."""
     problems = []
     for sample in samples:
-        shapes = {}
-        for role, path in (("image", sample.image), ("label", sample.label)):
-            if path is None:
-                continue
-            try:
-                with open_volume(path) as volume:
-                    shapes[role] = volume.shape
-            except InputError as error:
-                name = path.relative_to(sample.root).as_posix()
-                problems.append(Problem(name, "read", str(error).removeprefix(f"{path}: ")))
-        if len(set(shapes.values())) > 1:
-            message = f"image {shapes['image']} and label {shapes['label']} differ in size"
-            problems.append(Problem(sample.relative.as_posix(), "read", message))
+        found = _header_faults(sample) or _value_faults(sample, intensities, places)
+        for path, fault in found.items():
+            message = fault.removeprefix(f"{path}: ")
+            problems.append(Problem(path.relative_to(sample.root).as_posix(), "read", message))
     return problems
+
+
+def _header_faults(sample: Sample) -> dict[Path, str]:
+    """Return the files that cannot be opened as a volume, or a label of another size."""
+    faults, shapes = {}, {}
+    for role, path in (("image", sample.image), ("label", sample.label)):
+        if path is None:
+            continue
+        try:
+            with open_volume(path) as volume:
+                shapes[role] = volume.shape
+                if volume.channels not in (None, 1):
+                    faults[path] = f"{volume.channels} channels, expected one; split the file"
+        except InputError as error:
+            faults[path] = str(error)
+    if sample.label is not None and len(set(shapes.values())) > 1:
+        faults[sample.label] = (
+            f"label of {shapes['label']}, its image {sample.relative.as_posix()} has "
+            f"{shapes['image']}; expected one size: cut both alike"
+        )
+    return faults
+
+
+def _value_faults(
+    sample: Sample, intensities: FileConstants | None, places: FileConstants | None
+) -> dict[Path, str]:
+    """Return the files whose voxels cannot be decoded, scaled or learned from."""
+    faults = {}
+    if intensities is not None:
+        for problem in intensity_problems(intensities, [sample.image]):
+            faults[sample.image] = problem.message
+    if places is not None and sample.label is not None:
+        try:
+            values = places(sample.label)["values"]
+        except InputError as error:
+            faults[sample.label] = str(error)
+        else:
+            fault = label_fault(values)
+            if not fault and set(values) == {IGNORE_LABEL}:
+                fault = f"no voxel is labelled, all are {IGNORE_LABEL}; leave the volume out"
+            if fault:
+                faults[sample.label] = fault
+    return faults

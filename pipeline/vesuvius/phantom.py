@@ -41,8 +41,10 @@ SMALLEST_SIDE_VX = 32
 SMALLEST_PIECE_VX = 30  # less than that of a torn or cut off sheet is debris, not surface
 MARKER_NAME = "phantom.json"
 VOLUMES_PER_SCROLL = 2
-DEFAULT_COUNTS: Mapping[str, int] = {"train": 6, "val": 2, "test": 2}
+DEFAULT_COUNTS: Mapping[str, int] = {"train": 9, "val": 3, "test": 3}
+MIXED = "mixed"
 
+_MIXTURE = ("medium", "hard", "easy")  # of volumes 0, 1 and 2 of a split, and so on
 _VERSION = 1  # of the drawings; a new one makes write_phantom_dataset draw again
 _FOLDERS = {"train": "train", "val": "train", "test": "test"}
 _SCROLLS = {"train": 1000, "val": 2000, "test": 3000}
@@ -129,7 +131,7 @@ def write_phantom_dataset(
     directory: Path | str,
     counts: Mapping[str, int] = DEFAULT_COUNTS,
     size_vx: int | tuple[int, int, int] = 96,
-    difficulty: str = "medium",
+    difficulty: str = MIXED,
     seed: int = 0,
 ) -> Path:
     """Write phantoms as a data folder in the layout of the competition.
@@ -145,7 +147,7 @@ def write_phantom_dataset(
         directory: the data folder; made where it is missing.
         counts: volumes of `train`, `val` and `test`.
         size_vx: side, or depth, height and width.
-        difficulty: `easy`, `medium` or `hard`.
+        difficulty: `easy`, `medium`, `hard`, or `mixed`: each of them in turn.
         seed: of the whole data set; not negative.
 
     Returns:
@@ -157,7 +159,8 @@ def write_phantom_dataset(
     """
     root = Path(directory)
     size = _checked_size((size_vx,) * 3 if isinstance(size_vx, int) else size_vx)
-    difficulty_named(difficulty)
+    if difficulty != MIXED:
+        difficulty_named(difficulty)
     if seed < 0 or set(counts) - set(_FOLDERS) or not all(0 <= n < 2000 for n in counts.values()):
         raise ConfigurationError(
             f"phantom data set has seed {seed} and counts {dict(counts)}; expected a seed of 0 or "
@@ -177,7 +180,8 @@ def write_phantom_dataset(
     write_json(root / MARKER_NAME, {"complete": False, "settings": settings, "files": {}})
     paths = []
     for split, index in [(name, i) for name in sorted(counts) for i in range(counts[name])]:
-        phantom = scroll_phantom(_volume_seed(seed, split, index), size, difficulty)
+        level = _MIXTURE[index % len(_MIXTURE)] if difficulty == MIXED else difficulty
+        phantom = scroll_phantom(_volume_seed(seed, split, index), size, level)
         name = f"{_volume_id(split, index)}.tif"
         images, labels = (root / f"{_FOLDERS[split]}_{kind}" for kind in ("images", "labels"))
         paths += [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from monai.transforms import MapTransform, ScaleIntensityRange
 from numpy.typing import NDArray
 
 from pipeline.data.budget import check_decoded_bytes
-from pipeline.data.volume_statistics import intensity_percentiles
+from pipeline.data.volume_statistics import intensity_fault, intensity_percentiles
 from pipeline.data.volumes import open_volume
 from pipeline.errors import InputError
 
-__all__ = ["IGNORE_LABEL", "LoadVolumed", "ScalePercentilesd"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["IGNORE_LABEL", "LoadVolumed", "ScalePercentilesd", "label_fault"]
 
 IGNORE_LABEL = 2
 """Value of voxels that nobody labelled."""
@@ -84,17 +81,33 @@ class ScalePercentilesd(MapTransform):
         self.high = high
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the case with float32 volumes; a constant one becomes 0, with a warning."""
+        """Return the case with float32 volumes.
+
+        Raises:
+            InputError: a volume is constant, or nearly: what the network would make of it is noise.
+        """
         case = dict(data)
         for key in self.key_iterator(case):
             found = intensity_percentiles(np.asarray(case[key])[0], self.low, self.high)
-            if found["low"] == found["high"]:
-                logger.warning("%s: a constant volume; expect nothing", case.get("image_path", key))
-                case[key] = case[key] * 0.0
-                continue
+            if fault := intensity_fault(found):
+                raise InputError(f"{case.get('image_path', key)}: {fault}")
             scale = ScaleIntensityRange(found["low"], found["high"], 0.0, 1.0, clip=True)
             case[key] = scale(case[key])
         return case
+
+
+def label_fault(values: NDArray[Any]) -> str:
+    """Return what is wrong with the distinct values of a label, an empty text where nothing is."""
+    unknown = sorted({value.item() for value in values} - _CLASSES)
+    if not unknown:
+        return ""
+    shown = ", ".join(f"{value:g}" for value in unknown[:8])
+    hint = "correct them"
+    if unknown == [255]:
+        hint = "divide a mask of 0 and 255 by 255"
+        if 1 in values:
+            hint = "write 2 where 255 means unlabelled"
+    return f"label has the values {shown}; expected 0, 1 and 2 (unlabelled); {hint}"
 
 
 def _read(source: Any) -> tuple[NDArray[Any], Path | str, Any]:
@@ -118,24 +131,24 @@ def _check_finite(array: NDArray[Any], path: Path | str) -> None:
     where = np.argwhere(~np.isfinite(array))
     first = ", ".join(map(str, where[0]))
     raise InputError(
-        f"{path}: {len(where)} voxels are NaN or infinite, the first at (z, y, x) = ({first}); "
-        "replace them"
+        f"{path}: {len(where)} values are not finite, the first at (z, y, x) = ({first}); "
+        "set them to a number, or leave the file out"
     )
 
 
 def _check_label(array: NDArray[Any], path: Path | str) -> None:
-    values = np.unique(array)
-    unknown = sorted({value.item() for value in values} - _CLASSES)
-    if unknown:
-        shown = ", ".join(f"{value:g}" for value in unknown[:8])
-        hint = "; divide a mask of 0 and 255 by 255" if unknown == [255] else ""
-        raise InputError(
-            f"{path}: label has the values {shown}; expected 0, 1 and 2 (unlabelled){hint}"
-        )
+    if fault := label_fault(np.unique(array)):
+        raise InputError(f"{path}: {fault}")
 
 
 def _torch_ready(array: NDArray[Any]) -> NDArray[Any]:
-    """Return `array` in a type that torch has: 16-bit integers become 32-bit floats exactly."""
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+    """Return `array` in a type that torch computes with; no value changes.
+
+    It has hardly any 16-bit unsigned integers, subtracts no truth values, and differences of 16-bit
+    floats overflow.
+    """
+    if array.dtype == bool:
+        return array.view(np.uint8)
+    if array.dtype.itemsize == 2 and array.dtype.kind in "uf":
         return array.astype(np.float32)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

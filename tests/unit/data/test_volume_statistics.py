@@ -185,12 +185,20 @@ def test_bad_volumes_are_found_before_training(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.full_like(volume, 3))
     volume[0, 0, 0] = np.inf
     np.save(tmp_path / "bad.npy", volume)
-    paths = [tmp_path / f"{name}.npy" for name in ("good", "bad", "flat")]
+    speck = np.full((5, 20, 20), 3)
+    speck[0, 0, 0] = 90
+    np.save(tmp_path / "speck.npy", speck)
+    (tmp_path / "text.npy").write_text("no volume")
+    paths = [tmp_path / f"{name}.npy" for name in ("good", "bad", "flat", "speck", "text", "none")]
     for _ in range(2):
         problems = intensity_problems(percentile_cache(tmp_path / "c", 1, 99), paths)
         assert [problem.path for problem in problems] == [str(path) for path in paths[1:]]
-        assert "1 values are not finite" in str(problems[0])
-        assert "constant: every voxel is 3" in str(problems[1])
+        messages = [problem.message for problem in problems]
+        assert messages[0].startswith("1 values are not finite")
+        assert messages[1].startswith("constant: every voxel is 3")
+        assert messages[2].startswith("nearly constant: both percentiles are 3")
+        assert messages[3].startswith("no volume: it begins with")
+        assert messages[4].startswith("cannot be read")
 
 
 def test_an_error_in_a_file_names_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

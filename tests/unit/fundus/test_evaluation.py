@@ -11,8 +11,9 @@ import torch
 import yaml
 from ignite.engine import Engine
 
+from pipeline.data.cases import Cases, inputs_below
 from pipeline.errors import ConfigurationError, InputError
-from pipeline.fundus.cases import Cases, inference_cases, training_cases
+from pipeline.fundus.cases import training_cases
 from pipeline.fundus.evaluation import VesselMetrics
 from pipeline.fundus.metrics import choose_threshold, pooled_metrics, vessel_metrics
 from pipeline.fundus.results import EvaluationWriter, overlay
@@ -131,8 +132,8 @@ def test_a_split_without_labels_is_refused_naming_those_that_have_some() -> None
 
 def test_inference_needs_a_folder_and_no_results_inside_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="dataset_dir is not set"):
-        inference_cases(None, "images", str(tmp_path))
+        inputs_below(None, "images", str(tmp_path))
     with pytest.raises(ConfigurationError, match="lies in dataset_dir"):
-        inference_cases(str(tmp_path), "images", str(tmp_path / "out"))
+        inputs_below(str(tmp_path), "images", str(tmp_path / "out"))
     with pytest.raises(InputError, match=str(tmp_path)):
-        inference_cases(str(tmp_path), "images", "elsewhere")
+        inputs_below(str(tmp_path), "images", "elsewhere")

@@ -425,6 +425,22 @@ def test_two_inputs_of_one_result_are_refused_before_anything_is_done(
     assert folder.computed == []
 
 
+def test_no_result_goes_where_that_of_another_input_lies(folder: Folder) -> None:
+    batch = folder.batch()
+    first = batch.path("a.png", "_sheets.png")
+    assert batch.path("a.png", "_sheets.png") == first
+    with pytest.raises(
+        InputError, match=r"^a_sheets\.png: its result would overwrite .* of a\.png"
+    ):
+        batch.path("a_sheets.png", ".png")
+
+
+def test_no_result_goes_where_that_of_an_input_done_before_lies(folder: Folder) -> None:
+    folder.run()
+    with pytest.raises(InputError, match=r"would overwrite a_vessels\.png of a\.png"):
+        folder.batch().path("a_vessels.tif", ".png")
+
+
 def test_one_input_listed_twice_is_refused(folder: Folder) -> None:
     with pytest.raises(ConfigurationError, match=r"listed twice: a\.png$"):
         folder.run([*folder.cases(), folder.cases()[0]])

@@ -252,6 +252,20 @@ def test_manifest_of_the_competition_finds_and_groups_the_volumes(data_set: Path
     assert not sides[0] & sides[1]
 
 
+def test_a_mixed_data_set_holds_every_difficulty_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def listening(seed: int, size: Any, difficulty: str) -> ScrollPhantom:
+        asked.append(difficulty)
+        return scroll_phantom(seed, size, difficulty)
+
+    monkeypatch.setattr(phantom, "scroll_phantom", listening)
+    write(tmp_path, {"train": 4}, difficulty="mixed")
+    assert asked == ["medium", "hard", "easy", "medium"]
+
+
 def test_finished_data_set_is_used_again(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_of(data_set)
     monkeypatch.setattr(phantom, "scroll_phantom", None)  # drawing would fail

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def test_an_array_is_taken_too() -> None:
     assert np.array_equal(np.asarray(LoadVolumed()({"image": array})["image"])[0], array)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float16, np.float32, ">u2"])
 def test_two_percentiles_become_zero_and_one(dtype: Any) -> None:
     array = volume(dtype)
     low, high = np.percentile(array, (0.5, 99.5))
@@ -62,11 +61,27 @@ def test_a_crop_read_from_the_file_is_the_crop_of_the_prepared_volume(tmp_path: 
     assert torch.equal(torch.as_tensor(case["image"]), expected)
 
 
-def test_a_constant_volume_becomes_zero_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        case = ScalePercentilesd("image")(LoadVolumed()({"image": np.full((4, 4, 4), 7, np.uint8)}))
-    assert not np.asarray(case["image"]).any()
-    assert "constant volume" in caplog.text
+@pytest.mark.parametrize("other", [7, 90])
+def test_a_volume_without_two_values_to_scale_by_is_refused(tmp_path: Path, other: int) -> None:
+    array = np.full((9, 12, 10), 7, np.uint8)
+    array[0, 0, :3] = other  # fewer voxels than lie above the upper percentile
+    case = LoadVolumed()({"image": write(tmp_path, array)})
+    with pytest.raises(InputError, match=r"v\.tif: .*constant: .* 7; leave the file out"):
+        ScalePercentilesd("image")(case)
+
+
+def test_truth_values_are_zero_and_one() -> None:
+    array = volume() > 100
+    case = ScalePercentilesd("image")(LoadVolumed()({"image": array}))
+    assert np.array_equal(np.asarray(case["image"])[0], array)
+
+
+def test_halves_do_not_overflow() -> None:
+    array = (volume(np.float32) * 480 - 60_000).astype(np.float16)
+    low, high = np.percentile(array.astype(np.float64), (0.5, 99.5))
+    case = ScalePercentilesd("image")(LoadVolumed()({"image": array}))
+    expected = np.clip((array.astype(np.float64) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(np.asarray(case["image"])[0], expected, atol=1e-6)
 
 
 def nan_volume() -> NDArray[Any]:
@@ -77,7 +92,7 @@ def nan_volume() -> NDArray[Any]:
 
 def test_values_that_are_not_finite_are_counted_and_placed(tmp_path: Path) -> None:
     path = write(tmp_path, nan_volume())
-    with pytest.raises(InputError, match=r"v\.tif: 1 voxels are NaN .* \(1, 2, 3\)"):
+    with pytest.raises(InputError, match=r"v\.tif: 1 values are not finite.* \(1, 2, 3\)"):
         LoadVolumed()({"image": path})
 
 
@@ -99,6 +114,7 @@ def test_a_stack_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     [
         (np.full((9, 12, 10), 255, np.uint8), "values 255; .* divide a mask of 0 and 255 by 255"),
         (np.full((9, 12, 10), 5, np.uint8), "values 5; expected 0, 1 and 2"),
+        (np.where(volume() > 99, 1, 255).astype(np.uint8), "values 255; .* write 2 where 255"),
         (np.zeros((9, 12, 11), np.uint8), r"label of \(9, 12, 11\), its image"),
     ],
 )

@@ -1,0 +1,158 @@
+"""The default recipe against the original project's, on drawn scrolls neither was trained on.
+
+    python benchmarks/surface_recipes.py --output_dir runs/surface_recipes \
+        [--epochs 30] [--original_epochs 8] [--volumes 18]
+
+Both train the same small network on the same phantoms of mixed difficulty, on one thread; the
+epochs are set so that both take about the same CPU time, which is printed. Each is scored as the
+competition scores, on five phantoms of each difficulty, by the threshold alone, by its own repair
+and, for the original's network, by the default repair as well; the threshold of every row is the
+one with the best mean score on the validation phantoms. The last table is what the default repair
+changes at one and the same threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.cases import Cases
+from pipeline.inference.sliding_window import SlidingWindow
+from pipeline.training.checkpoints import load_weights, read_checkpoint
+from pipeline.vesuvius.cases import training_cases
+from pipeline.vesuvius.evaluation import column_means, score_row
+from pipeline.vesuvius.networks import SmallUNet3D
+from pipeline.vesuvius.phantom import write_phantom_dataset
+from pipeline.vesuvius.topology import PostProcess
+from pipeline.vesuvius.transforms import LoadVolumed, ScalePercentilesd
+
+PARTS = ("score", "topology", "surface_dice", "voi_score")
+DIFFICULTIES = ("easy", "medium", "hard")
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ORIGINAL_REPAIR = {"recipe": "original", "max_hole_size": 50, "kernel_size": 2}
+CHAINS = {"threshold": None, "default repair": {}, "original's repair": ORIGINAL_REPAIR}
+# What the original's recipe has to leave on a CPU and in volumes of 96 voxels.
+ORIGINAL_ON_CPU = ["--patch_size", "[96, 96, 96]", "--roi_size", "[96, 96, 96]"]
+ORIGINAL_ON_CPU += ["--precision", "float32", "--manifest", "vesuvius_surface"]
+
+Pair = tuple[NDArray[np.float32], NDArray[np.uint8]]
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    root = Path(options.output_dir)
+    counts = {"train": options.volumes, "val": options.volumes // 3}
+    data = write_phantom_dataset(root / "data", counts, seed=0)
+    tests = {
+        name: write_phantom_dataset(root / name, {"test": 5}, difficulty=name, seed=1000 + index)
+        for index, name in enumerate(DIFFICULTIES)
+    }
+    trained = {
+        "default": _train(root, data, [], options.epochs),
+        "original": _train(root, data, ["original", *ORIGINAL_ON_CPU], options.original_epochs),
+    }
+    table = {}
+    for recipe, checkpoint in trained.items():
+        validated = _predicted(checkpoint, _cases(data, root).val)
+        tested = {d: _predicted(checkpoint, _cases(tests[d], root).test) for d in DIFFICULTIES}
+        chains = ["threshold", "default repair"]
+        chains += ["original's repair"] if recipe == "original" else []
+        for chain in chains:
+            chosen = max(THRESHOLDS, key=lambda t: _means(validated, chain, t)["score"])
+            table[recipe, chain] = {d: _means(tested[d], chain, chosen) for d in DIFFICULTIES}
+            _print(f"{recipe}, {chain} at {chosen}", table[recipe, chain])
+            if (recipe, chain) == ("default", "default repair"):
+                alone = {d: _means(tested[d], "threshold", chosen) for d in DIFFICULTIES}
+                _print(f"default, threshold at {chosen}", alone)
+                _print("  what repair adds", _difference(table[recipe, chain], alone))
+    ours = table["default", "default repair"]
+    _print("default - original, each its repair",
+           _difference(ours, table["original", "original's repair"]))  # fmt: skip
+    _print("default - original, both default repair",
+           _difference(ours, table["original", "default repair"]))  # fmt: skip
+    _print("default - original, both threshold",
+           _difference(table["default", "threshold"], table["original", "threshold"]))  # fmt: skip
+
+
+def _train(root: Path, data: Path, arguments: list[str], epochs: int) -> Path:
+    """Train in a process of its own, print its CPU time and return its best checkpoint."""
+    folder = root / (arguments[0] if arguments else "default")
+    command = [sys.executable, "-m", "pipeline", "train", "vesuvius_surface", *arguments]
+    command += ["--dataset_dir", str(data), "--output_dir", str(folder), "--threads", "1"]
+    command += ["--max_epochs", str(epochs), "--fold_seed", "0"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with (root / f"{folder.name}.log").open("w", encoding="utf-8") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{folder.name}: {epochs} epochs in {spent:.0f} CPU s", flush=True)
+    return folder / "checkpoints" / "best.pt"
+
+
+def _cases(data: Path, root: Path) -> Cases:
+    return training_cases(str(data), "vesuvius_surface", str(root / "unused"))
+
+
+def _predicted(checkpoint: Path, cases: list[dict[str, Any]]) -> list[Pair]:
+    network = SmallUNet3D(1, 1, widths=(8, 24, 48, 96)).eval()
+    load_weights(network, read_checkpoint(checkpoint), checkpoint)
+    inferer = SlidingWindow((96, 96, 96), 0.5, "gaussian")
+    read, scale = LoadVolumed(), ScalePercentilesd("image")
+
+    def pairs() -> Iterator[Pair]:
+        for case in cases:
+            item = scale(read(case))
+            with torch.inference_mode():
+                logits = inferer(item["image"].as_tensor()[None], network)
+            label = np.asarray(item["label"])[0].astype(np.uint8)
+            yield torch.sigmoid(logits)[0, 0].numpy(), label
+
+    return list(pairs())
+
+
+def _means(pairs: list[Pair], chain: str, threshold: float) -> dict[str, float]:
+    settings = CHAINS[chain]
+    rows = []
+    for probability, label in pairs:
+        if settings is None:
+            mask = (probability >= threshold).astype(np.uint8)
+        else:
+            mask = PostProcess(threshold=threshold, betti=False, **settings)(probability).mask
+        rows.append(score_row(mask, label))
+    means = column_means(rows)
+    return {part: means[part] for part in PARTS}
+
+
+def _difference(
+    one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    return {d: {p: one[d][p] - other[d][p] for p in PARTS} for d in one}
+
+
+def _print(name: str, rows: dict[str, dict[str, float]]) -> None:
+    for difficulty, means in rows.items():
+        figures = "  ".join(f"{part} {means[part]:+.4f}" for part in PARTS)
+        print(f"{name:42s} {difficulty:7s} {figures}", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output_dir", default="runs/surface_recipes")
+    parser.add_argument("--volumes", type=int, default=18, help="training phantoms")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--original_epochs", type=int, default=8)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
