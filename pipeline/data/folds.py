@@ -151,10 +151,11 @@ def leaks(sides: Mapping[str, Sequence[Sample]]) -> list[Problem]:
 def _equal_images(samples: Iterable[Sample]) -> list[list[Sample]]:
     """Return groups of samples whose image files have the same content.
 
-    Only files of equal size are read.
+    Only files of equal size are read. Samples of one and the same file, as B-scans of several
+    people are, are no copies.
     """
     by_size: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
+    for sample in {sample.image: sample for sample in samples}.values():
         by_size[sample.image.stat().st_size].append(sample)
     groups = []
     for candidates in by_size.values():

@@ -42,11 +42,19 @@ class BatchMetrics:
         self.loss_sum += float(items[0]["loss"].detach())
         self.batches += 1
         for item in items:
-            label = item["label"]
-            counted = label != self.ignore_label
-            predicted, truth = (item["pred"] > 0) & counted, (label > 0) & counted
+            predicted, truth = self.masks(item["pred"], item["label"])
             counts = torch.stack([(predicted & truth).sum(), predicted.sum(), truth.sum()])
             self.counts += counts.double().cpu()
+
+    def masks(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where foreground is predicted and where it is; a subclass may say what that is.
+
+        Args:
+            logits: the network's output, above 0 on foreground.
+            label: of the same shape, above 0 on foreground.
+        """
+        counted = label != self.ignore_label
+        return (logits > 0) & counted, (label > 0) & counted
 
     def _report(self, engine: Engine) -> None:
         both, predicted, truth = self.counts.tolist()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 __all__ = ["BettiNumbers", "betti_numbers", "enclosed", "euler_characteristic", "label_components"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigurationError
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 __all__ = ["Radius", "close", "dilate", "erode", "open_", "radii_of"]
 

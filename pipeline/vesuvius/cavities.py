@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigurationError
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import enclosed, label_components
-from pipeline.vesuvius.compilation import compiled
 from pipeline.vesuvius.components import component_sizes
 
 __all__ = ["fill_cavities"]

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigurationError
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import label_components
-from pipeline.vesuvius.compilation import compiled
 
 __all__ = ["component_sizes", "hysteresis", "remove_small_components", "zero_frame"]
 

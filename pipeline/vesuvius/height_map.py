@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigurationError
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import label_components
-from pipeline.vesuvius.compilation import compiled
 from pipeline.vesuvius.patches import PatchLimits, fill_tunnels_with
 
 __all__ = ["interpolate_gaps"]

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 __all__ = [
     "ADDED",

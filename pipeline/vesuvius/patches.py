@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import enclosed, label_components
-from pipeline.vesuvius.compilation import compiled
 from pipeline.vesuvius.local_topology import (
     ADDED,
     BACKGROUND,

@@ -13,8 +13,8 @@ from itertools import combinations, product
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import label_components
-from pipeline.vesuvius.compilation import compiled
 
 __all__ = ["plug_diagonals", "smallest_additions"]
 

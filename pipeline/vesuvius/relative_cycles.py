@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.row_sets import RowSet, flip, highest, row_set, store
 from pipeline.vesuvius.tunnel_cycles import Columns
 

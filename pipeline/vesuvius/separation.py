@@ -12,9 +12,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.errors import ConfigurationError
+from pipeline.hardware.compilation import compiled
 from pipeline.vesuvius.betti_numbers import label_components
 from pipeline.vesuvius.binary_morphology import dilate, erode
-from pipeline.vesuvius.compilation import compiled
 from pipeline.vesuvius.components import component_sizes
 from pipeline.vesuvius.local_topology import peel
 from pipeline.vesuvius.sheet_colours import colour_components, of_colour

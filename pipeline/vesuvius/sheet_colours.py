@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 __all__ = ["colour_components", "of_colour"]
 

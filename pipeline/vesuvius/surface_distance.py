@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.errors import ConfigurationError
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 __all__ = ["area_of_blocks", "surface_dice_of_masks"]
 

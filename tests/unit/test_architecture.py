@@ -50,6 +50,7 @@ NUMPY_ONLY = (
     "errors.py",
     "data/**/*.py",
     "report/**/*.py",
+    "hardware/compilation.py",
     "fundus/fov.py",
     "fundus/metrics.py",
     "fundus/morphometry.py",
@@ -58,7 +59,6 @@ NUMPY_ONLY = (
         f"vesuvius/{name}.py"
         for name in (
             "betti_numbers",
-            "compilation",
             "defects",
             "merge_sweeps",
             "metrics",
@@ -69,6 +69,32 @@ NUMPY_ONLY = (
             "topology*",
             "tunnel_cycles",
             "variation_of_information",
+        )
+    ),
+    *(
+        f"oct/{name}.py"
+        for name in (
+            "coordinates",
+            "formats",
+            "frames",
+            "hdf5_*",
+            "heyex_vol",
+            "image_folders",
+            "logits",
+            "mask_metrics",
+            "mat_files",
+            "metrics",
+            "optional_readers",
+            "ordered_map",
+            "phantom*",
+            "pictures",
+            "pixel_maps",
+            "prediction_*",
+            "risk_coverage",
+            "row_checks",
+            "tables",
+            "viterbi",
+            "volume",
         )
     ),
 )

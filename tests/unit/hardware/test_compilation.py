@@ -5,7 +5,7 @@ import logging
 import numba
 import pytest
 
-from pipeline.vesuvius.compilation import compiled
+from pipeline.hardware.compilation import compiled
 
 
 def doubled(value: int) -> int:
@@ -27,6 +27,6 @@ def test_where_no_cache_can_be_kept_a_function_is_compiled_all_the_same(
         return njit(nogil=nogil)
 
     monkeypatch.setattr(numba, "njit", without_folder)
-    with caplog.at_level(logging.DEBUG, logger="pipeline.vesuvius.compilation"):
+    with caplog.at_level(logging.DEBUG, logger="pipeline.hardware.compilation"):
         assert compiled(doubled)(4) == 8
     assert "no folder for numba's cache" in caplog.text

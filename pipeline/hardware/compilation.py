@@ -1,4 +1,4 @@
-"""Compile loops over voxels on first use, and keep the machine code on disk where that is possible.
+"""Compile loops over arrays on first use, and keep the machine code on disk where that is possible.
 
 The first call of a function compiles it; later processes load what it left in `__pycache__`, in the
 user's cache folder where the installation is read-only, or in `$NUMBA_CACHE_DIR`. numba looks only
