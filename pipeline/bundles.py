@@ -214,7 +214,9 @@ def load_bundle(
         raise ConfigurationError(f"{name}: its inference.yaml names no ckpt_path: pass ckpt_path=")
     parser = ConfigParser(config)
     parser.update(settings)
-    parts = _build(parser, ["predictor", "preprocessing", "inferer", "postprocessing", "threshold"])
+    wanted = ["predictor", "preprocessing", "inferer", "postprocessing"]
+    wanted += ["threshold"] if "threshold" in parser else []
+    parts = _build(parser, wanted)
     return LoadedBundle(**parts, device=chosen)
 
 

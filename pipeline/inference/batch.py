@@ -127,6 +127,10 @@ class BatchRun:
         for name in origins:  # an old sidecar must not vouch for a result half overwritten
             self.path(name, ".json").unlink(missing_ok=True)
 
+    def is_open(self, name: str) -> bool:
+        """Return whether `name` was begun, and neither recorded nor rejected since."""
+        return name in self._open
+
     @contextmanager
     def attempt(self, name: str, stage: str = "predict") -> Iterator[None]:
         """Reject the input `name` where the body raises an `InputError`, and go on.

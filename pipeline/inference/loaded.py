@@ -22,7 +22,7 @@ class LoadedBundle:
         inferer: called with a batch and the network.
         postprocessing: from logits under `pred`, beside what `preprocessing` left, to a probability
             in the image's own frame.
-        threshold: probability from which on `mask` is true.
+        threshold: probability from which on `mask` is true; None gives no mask.
         device: where the network computes.
     """
 
@@ -33,14 +33,14 @@ class LoadedBundle:
         preprocessing: Any,
         inferer: Any,
         postprocessing: Any,
-        threshold: float,
         device: torch.device,
+        threshold: float | None = None,
     ) -> None:
         self.predictor = predictor.to(device).eval()
         self.preprocessing = preprocessing
         self.inferer = inferer
         self.postprocessing = postprocessing
-        self.threshold = float(threshold)
+        self.threshold = threshold
         self.device = device
 
     def __call__(self, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -50,7 +50,8 @@ class LoadedBundle:
             image: `(H, W)` or `(H, W, 3)`, uint8, uint16, or floats between 0 and 1.
 
         Returns:
-            `pred`, the probability `(H, W)`, and `mask`, where it reaches the threshold.
+            `pred`, the probability `(H, W)`, and `mask`, where it reaches the threshold; where
+            there is none, `pred` alone, what postprocessing makes of the logits.
 
         Raises:
             InputError: the array is no image that the bundle takes.
@@ -68,4 +69,5 @@ class LoadedBundle:
         probability = np.asarray(result["pred"])
         if probability.shape[0] == 1:
             probability = probability[0]
-        return {"pred": probability, "mask": probability >= self.threshold}
+        found = {"pred": probability}
+        return found if self.threshold is None else {**found, "mask": probability >= self.threshold}

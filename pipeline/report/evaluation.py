@@ -17,13 +17,16 @@ SHOWN = 12
 _IN_TITLE = {"experiment", "checkpoint"}
 
 
-def evaluation_report(folder: Path | str, metric: str | None = None) -> Path:
+def evaluation_report(
+    folder: Path | str, metric: str | None = None, *, lower_is_better: bool = False
+) -> Path:
     """Write `report.html` into an evaluation folder and return its path.
 
     Args:
         folder: holds `test_metrics.yaml`, `per_image_metrics.yaml`, and where present `pictures/`.
-        metric: which column of the per-image table orders the pictures, lowest first; the
+        metric: which column of the per-image table orders the pictures, worst first; the
             first with numbers if None.
+        lower_is_better: whether the worst has the highest value, as an error does.
 
     Raises:
         InputError: there is no `test_metrics.yaml`.
@@ -49,7 +52,8 @@ def evaluation_report(folder: Path | str, metric: str | None = None) -> Path:
         names = dict.fromkeys(["image", *(key for image in images for key in image)])
         page.table(images, list(names))
     numeric = [key for image in images for key in image if _finite(image[key]) is not None]
-    _pictures(page, folder, images, metric or next(iter(numeric), "image"))
+    metric = metric or next(iter(numeric), "image")
+    _pictures(page, folder, images, metric, lower_is_better=lower_is_better)
     page.details("test_metrics.yaml", read_text(folder / "test_metrics.yaml"))
     return page.write(folder / "report.html")
 
@@ -75,7 +79,14 @@ def _finite(value: Any) -> float | None:
     return float(value) if number and math.isfinite(value) else None
 
 
-def _pictures(page: Page, folder: Path, images: Sequence[Mapping[str, Any]], metric: str) -> None:
+def _pictures(
+    page: Page,
+    folder: Path,
+    images: Sequence[Mapping[str, Any]],
+    metric: str,
+    *,
+    lower_is_better: bool,
+) -> None:
     """Add pictures, worst first, as many as a page can carry: worst, median and best of many."""
     score = {
         Path(str(image.get("image"))).with_suffix(""): _finite(image.get(metric))
@@ -87,7 +98,10 @@ def _pictures(page: Page, folder: Path, images: Sequence[Mapping[str, Any]], met
     place = {
         path: score.get(path.relative_to(folder / "pictures").with_suffix("")) for path in found
     }
-    ordered = sorted(found, key=lambda path: (place[path] is None, place[path] or 0.0, str(path)))
+    sign = -1.0 if lower_is_better else 1.0
+    ordered = sorted(
+        found, key=lambda path: (place[path] is None, sign * (place[path] or 0.0), str(path))
+    )
     if len(ordered) > SHOWN:
         third, middle = SHOWN // 3, len(ordered) // 2
         chosen = [*range(third), *range(middle - third // 2, middle - third // 2 + third)]
@@ -96,8 +110,9 @@ def _pictures(page: Page, folder: Path, images: Sequence[Mapping[str, Any]], met
     else:
         shown = ordered
     page.section("Pictures")
-    of = f", the lowest, middle and highest of {len(ordered)}" if len(shown) < len(ordered) else ""
-    page.text(f"Lowest {metric} first{of}.", soft=True)
+    of = f", the worst, middle and best of {len(ordered)}" if len(shown) < len(ordered) else ""
+    first = "Highest" if lower_is_better else "Lowest"
+    page.text(f"{first} {metric} first{of}.", soft=True)
     names = {path: str(path.relative_to(folder / "pictures").with_suffix("")) for path in shown}
     captions = {path: f"{names[path]}: {metric} {format_value(place[path])}" for path in shown}
     page.pictures(shown, captions)

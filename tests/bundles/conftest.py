@@ -45,6 +45,9 @@ class Case:
         mask: suffix of the masks that evaluation writes.
         pooled: whether evaluation has figures pooled over the images.
         pictures: whether training draws pictures at its best epoch.
+        chosen: the figure that validation chooses and evaluation and inference use.
+        unbeatable: a value of the monitored figure that no epoch reaches.
+        loader: what gives the inputs of an inference run.
     """
 
     training: Mapping[str, Any]
@@ -62,6 +65,9 @@ class Case:
     mask: str = ".png"
     pooled: bool = True
     pictures: bool = True
+    chosen: str = "threshold"
+    unbeatable: float = 1.5
+    loader: str = "pipeline.inference.accepted.AcceptedLoader"
 
 
 def _truncate(path: Path) -> None:
@@ -129,7 +135,70 @@ def _scroll_score(bundle: Any) -> float:
     return surface_dice(mask.astype(np.uint8), phantom.label)
 
 
+def _oct_dataset(folder: Path) -> Path:
+    from pipeline.oct.phantom import write_phantom_dataset
+
+    counts = {"train": 2, "val": 1, "test": 1}
+    return write_phantom_dataset(folder, counts, bscans=1, size_px=(128, 160))
+
+
+def _oct_inputs(folder: Path) -> list[str]:
+    from pipeline.oct.phantom import oct_phantom
+
+    names = ["left/scan.png", "right/scan.png"]  # equal names in two folders
+    for seed, name in enumerate(names):
+        write_png(folder / name, oct_phantom(seed, (128, 144 + 16 * seed)).image)
+    return names
+
+
+def _oct_result(result: Path, source: Path) -> None:
+    from pipeline.oct.formats import read_predictions
+
+    columns = read_image(source).shape[1]
+    if result.suffix == ".csv":
+        assert len(result.read_text(encoding="utf-8").splitlines()) == 1 + columns
+    else:
+        assert read_predictions(result).volume.bscans.shape == (1, *read_image(source).shape[:2])
+
+
+def _oct_score(bundle: Any) -> float:
+    from pipeline.oct.coordinates import extract_layers
+    from pipeline.oct.phantom import oct_phantom
+
+    phantom = oct_phantom(seed=7, size_px=(480, 768))
+    layers = extract_layers(bundle(phantom.image)["pred"][None])
+    errors = layers.ilm_px[0] - phantom.ilm, layers.bm_px[0] - phantom.bm
+    return 1 / (1 + float(np.mean(np.abs(errors))))
+
+
 CASES = {
+    "oct_layers": Case(
+        training={
+            "max_epochs": 2,
+            "val_interval": 1,
+            "patches_per_bscan": 2,
+            "batch_size": 2,
+            "patch_columns": 48,
+            "threads": 1,
+        },
+        frame={"frame": [96, 128], "roi_size": [96, 128]},
+        overlay=("hybrid_attention", {"base_channels": 2}),
+        make_dataset=_oct_dataset,
+        training_inputs="train.h5",
+        make_inputs=_oct_inputs,
+        spoil_input=_truncate,
+        results=(".csv",),
+        check_result=_oct_result,
+        figures=("mae_px", "ilm_mae_px", "bm_mae_px"),
+        score=_oct_score,
+        least_score=0.3,
+        mask=".csv",
+        pooled=False,
+        pictures=False,
+        chosen="max_sigma_px",
+        unbeatable=-1.0,
+        loader="pipeline.oct.bscan_loader.BScanLoader",
+    ),
     "vesuvius_surface": Case(
         training={
             "max_epochs": 2,

@@ -56,7 +56,7 @@ ENGINE_IDS = {
     "overwrite",
 }
 SLIDING_WINDOW = "pipeline.inference.sliding_window.SlidingWindow"
-EVALUATION_IDS = {"split", "save_predictions", "threshold"}
+EVALUATION_IDS = {"split", "save_predictions"}
 
 
 def parsed(config: dict[str, Any]) -> ConfigParser:
@@ -272,8 +272,8 @@ def test_a_workflow_has_the_ids_that_every_bundle_has(combination):
     config = combination.config
     demanded = {
         "train": TRAINING_IDS,
-        "evaluate": TRAINING_IDS | EVALUATION_IDS,
-        "inference": INFERENCE_IDS | ENGINE_IDS | {"threshold"},
+        "evaluate": TRAINING_IDS | EVALUATION_IDS | {combination.bundle.case.chosen},
+        "inference": INFERENCE_IDS | ENGINE_IDS | {combination.bundle.case.chosen},
     }[combination.workflow]
     assert sorted((demanded | CHECKPOINT_IDS) - config.keys()) == []
 
@@ -287,7 +287,7 @@ def test_inference_goes_through_the_engine(combination):
         assert config["predictor"]["_target_"] == "pipeline.inference.test_time.FlipsAndTurns"
         assert config["members"].startswith("$load_ensemble(")
         assert config["batch"]["_target_"] == "pipeline.inference.batch.BatchRun"
-        assert config["dataloader"]["_target_"] == "pipeline.inference.accepted.AcceptedLoader"
+        assert config["dataloader"]["_target_"] == combination.bundle.case.loader
         used = set().union(*references(definition(config, "evaluator", "batch")).values())
         assert {"predictor", "members", "inferer", "runner"} <= used
         assert config["evaluator"]["network"] == "@predictor"

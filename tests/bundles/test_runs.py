@@ -85,7 +85,7 @@ def test_a_checkpoint_carries_how_it_is_used(bundle, trained, name):
     assert content["architecture"] == "default"
     assert content["network_def"]["_target_"].startswith("pipeline.")
     assert content["preprocessing"]
-    assert 0 < content["threshold"] < 1
+    assert content["threshold"] > 0
 
 
 def test_evaluation_writes_no_checkpoint(evaluated):
@@ -95,7 +95,8 @@ def test_evaluation_writes_no_checkpoint(evaluated):
 def test_evaluation_leaves_tables_and_pictures(bundle, evaluated, trained):
     totals = loaded(evaluated.folder / "test_metrics.yaml")
     rows = loaded(evaluated.folder / "per_image_metrics.yaml")
-    assert {"experiment", "checkpoint", "num_test_images", "threshold", "split"} <= totals.keys()
+    expected = {"experiment", "checkpoint", "num_test_images", bundle.case.chosen, "split"}
+    assert expected <= totals.keys()
     assert totals["num_test_images"] == len(rows) == 2
     figures = set(bundle.case.figures)
     assert figures <= totals["average_metrics"].keys()
@@ -109,9 +110,10 @@ def test_evaluation_leaves_tables_and_pictures(bundle, evaluated, trained):
     assert (trained.folder / "tensorboard" / "test").is_dir()
 
 
-def test_evaluation_uses_the_threshold_of_the_checkpoint(evaluated, trained):
+def test_evaluation_uses_what_validation_chose(bundle, evaluated, trained):
     totals = loaded(evaluated.folder / "test_metrics.yaml")
-    assert totals["threshold"] == read_checkpoint(trained.best)["threshold"]
+    chosen = read_checkpoint(trained.best)["metrics"][bundle.case.chosen]
+    assert totals[bundle.case.chosen] == pytest.approx(chosen)
 
 
 def test_inference_leaves_a_result_and_a_sidecar_per_input(bundle, inferred, inputs):
@@ -206,7 +208,7 @@ def test_a_worse_continuation_leaves_the_best_checkpoint(bundle, dataset, traine
     run = shutil.copytree(trained.folder, tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     content = read_checkpoint(last)
-    content["training_state"]["monitor"]["best"] = 1.5  # a Dice that nothing beats
+    content["training_state"]["monitor"]["best"] = bundle.case.unbeatable
     write_checkpoint(last, content)
     before = (run / "checkpoints" / "best.pt").read_bytes()
     bundle.run("train", dataset_dir=dataset, output_dir=run, max_epochs=3)

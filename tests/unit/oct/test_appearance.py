@@ -6,8 +6,8 @@ import torch
 from monai.transforms import Compose
 
 from pipeline.errors import ConfigurationError
-from pipeline.oct.appearance import RandHazed, RandNoiseFloord, RandShadowsd
 from pipeline.oct.phantom import oct_phantom
+from pipeline.oct.transforms.appearance import RandHazed, RandNoiseFloord, RandShadowsd
 
 TRANSFORMS = {
     "floor": RandNoiseFloord(prob=1.0),

@@ -8,8 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigurationError, InputError
-from pipeline.oct.geometry import RandCropColumnsd, RandFlipColumnsd, RandShiftRowsd, RandTiltd
 from pipeline.oct.transforms import RenderLabeld
+from pipeline.oct.transforms.geometry import (
+    RandCropColumnsd,
+    RandFlipColumnsd,
+    RandShiftRowsd,
+    RandTiltd,
+)
 
 HEIGHT, WIDTH = 90, 48
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigurationError
-from pipeline.oct.grey_values import (
+from pipeline.oct.transforms.grey_values import (
     BlurGaussiand,
     EqualizeTiles,
     EqualizeTilesd,

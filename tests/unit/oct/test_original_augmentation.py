@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigurationError
-from pipeline.oct.original_augmentation import RandRotateIgnoredd, RandSnowd
 from pipeline.oct.transforms import RenderLabeld
+from pipeline.oct.transforms.original_augmentation import RandRotateIgnoredd, RandSnowd
 
 HEIGHT, WIDTH = 64, 80
 

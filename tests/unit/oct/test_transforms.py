@@ -15,8 +15,8 @@ from monai.transforms import Compose
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigurationError, InputError
-from pipeline.oct.grey_values import BlurGaussiand, EqualizeTilesd, NormalizeGreyd
 from pipeline.oct.transforms import FitToFramed, LoadBScand, RenderLabeld, render_label
+from pipeline.oct.transforms.grey_values import BlurGaussiand, EqualizeTilesd, NormalizeGreyd
 
 COUNT, HEIGHT, WIDTH = 3, 62, 40
 

@@ -111,6 +111,13 @@ def test_an_evaluation_page_puts_the_lowest_score_first_and_the_unknown_last(eva
     assert "<dt>threshold</dt><dd>0.4</dd>" in text
 
 
+def test_where_less_is_better_the_highest_comes_first_and_the_unknown_last(evaluation):
+    text = evaluation_report(evaluation, "dice", lower_is_better=True).read_text()
+    order = re.findall(r'alt="eyes/(\w): dice ([\d.-]+)"', text)
+    assert order == [("d", "0.9"), ("a", "0.8"), ("b", "0.5"), ("c", "-")]
+    assert "Highest dice first" in text
+
+
 def test_the_range_over_the_images_stands_beside_the_mean(evaluation):
     text = evaluation_report(evaluation).read_text()
     row = re.search(r'data-v="dice">dice</td>(.*?)</tr>', text).group(1)
