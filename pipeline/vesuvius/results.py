@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cc3d
 import numpy as np
 from ignite.engine import Engine, Events
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pipeline.data.atomic import write_yaml
 from pipeline.data.writers import result_path, write_png, write_tiff
 from pipeline.inference.batch import BatchRun
+from pipeline.inference.ensembles import Ensemble
 from pipeline.vesuvius.evaluation import SurfaceMetrics, column_means, items_of
-from pipeline.vesuvius.topology import PostProcess
+from pipeline.vesuvius.geometry import VoxelSize, voxel_size
+from pipeline.vesuvius.member_agreement import member_difference
+from pipeline.vesuvius.pictures import three_planes
+from pipeline.vesuvius.result_facts import foreground_facts, log_facts
+from pipeline.vesuvius.sheet_maps import sheet_map, write_sheet_map
+from pipeline.vesuvius.sheet_measures import largest_sheets, sheet_facts
+from pipeline.vesuvius.sheet_meshes import sheet_mesh, write_ply
+from pipeline.vesuvius.stages import StageClock
+from pipeline.vesuvius.topology import PostProcess, Repaired
+from pipeline.vesuvius.whole_results import whole_folder, write_ome_zarr
 
 __all__ = ["EvaluationWriter", "SurfaceWriter", "sheet_facts", "three_planes"]
 
-_SIDE_PX = 320  # larger planes are shown by their middle part
-_GAP_PX = 6
+logger = logging.getLogger(__name__)
 
 
 class SurfaceWriter:
     """Repair, measure and write each volume's surface as inference goes along.
 
     List it among the evaluator's `handlers`. Per input: `<name>.tif` (0/1, LZW),
-    `<name>_visualization.tif` (0/255), on request `<name>_probability.tif` (uint16, 65535 is
-    certain) and `<name>_sheets.tif` (uint16, a number per sheet), `pictures/<name>.png`: three
-    planes with the surface before and after repair; and the sidecar with the record of the repair.
+    `<name>_visualization.tif` (0/255), `pictures/<name>.png`: three planes with the surface before
+    and after repair; on request `<name>_probability.tif` (uint16, 65535 is certain),
+    `<name>_sheets.tif` (a number per sheet), `<name>_surface.zarr` and, where the probability is
+    saved, `<name>_probability.zarr` (OME-Zarr), `<name>_heights/sheet_<number>.tif` and
+    `<name>_meshes/sheet_<number>.ply`; last the sidecar.
 
     Args:
         batch: the run over files, which names the results and keeps the account.
@@ -37,7 +49,13 @@ class SurfaceWriter:
         threshold: probability from which a voxel is surface, for the picture before repair.
         save_probability: whether the probability is written too.
         separate_instances: whether the sheets are numbered in a file of their own.
+        save_ome_zarr: whether mask and saved probability are written as OME-Zarr too.
+        save_height_maps: whether each sheet's height, thickness and layers are written.
+        save_meshes: whether each sheet is written as a mesh.
+        largest_sheets: how many sheets get a map and a mesh.
         checkpoint: plain data of the checkpoint for the sidecar: epoch, score, ...
+        members: the ensemble; a warning tells where its members say the same.
+        window: voxels per axis of the window in which the members are compared.
     """
 
     def __init__(
@@ -47,48 +65,134 @@ class SurfaceWriter:
         threshold: float,
         save_probability: bool = False,
         separate_instances: bool = False,
+        save_ome_zarr: bool = False,
+        save_height_maps: bool = False,
+        save_meshes: bool = False,
+        largest_sheets: int = 50,
         checkpoint: Mapping[str, Any] | None = None,
+        members: Ensemble | None = None,
+        window: Sequence[int] = (96, 96, 96),
     ) -> None:
         self.batch = batch
         self.repair = repair
         self.threshold = float(threshold)
         self.save_probability = save_probability
         self.separate_instances = separate_instances
+        self.save_ome_zarr = save_ome_zarr
+        self.save_height_maps = save_height_maps
+        self.save_meshes = save_meshes
+        self.largest_sheets = largest_sheets
         self.checkpoint = dict(checkpoint or {})
+        self.members = members
+        self.window = tuple(window)
+        self._clock = StageClock()
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the evaluator."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _begin(self) -> None:
+        self._clock = StageClock()
 
     def _write(self, engine: Engine) -> None:
         for item in items_of(engine):
             probability = np.asarray(item["pred"].cpu(), np.float32)[0]
+            self._clock.lap("network")
             repaired = self.repair(probability)
-            name = str(item["name"])
-            sheets, facts = sheet_facts(repaired.mask)
-            volumes = {"": repaired.mask, "_visualization": repaired.mask * np.uint8(255)}
-            if self.save_probability:
-                volumes["_probability"] = (probability * 65535).round().astype(np.uint16)
-            if self.separate_instances:
-                volumes["_sheets"] = sheets.astype(np.uint16)
-            written = []
-            for suffix, volume in volumes.items():
-                path = self.batch.path(name, f"{suffix}.tif")
-                write_tiff(path, volume)
-                written.append(path)
-            picture = result_path(name, ".", self.batch.output_dir / "pictures", ".png")
-            image = np.asarray(item["image"].cpu())[0]
-            write_png(picture, three_planes(image, probability >= self.threshold, repaired.mask))
-            details = {
-                "shape": list(repaired.mask.shape),
-                "source_dtype": str(item.get("source_dtype", "")),
-                "spacing": [float(side) for side in item.get("spacing", ())],
-                "checkpoint": self.checkpoint,
-                "repair": repaired.record,
-                **facts,
-            }
-            row = {key: facts[key] for key in ("foreground", "sheets", "largest_sheet_voxels")}
-            self.batch.record(name, [*written, picture], row, details)
+            self._clock.lap("repair")
+            self._write_item(item, probability, repaired)
+            self._begin()
+
+    def _write_item(
+        self, item: Mapping[str, Any], probability: NDArray[np.float32], repaired: Repaired
+    ) -> None:
+        """Measure, write and record one volume."""
+        name, clock = str(item["name"]), self._clock
+        image = np.asarray(item["image"].cpu())[0]
+        size = voxel_size(str(item.get("image_path", "")), list(item.get("spacing", ())))
+        sheets, facts = sheet_facts(repaired.mask, size.um)
+        difference = None
+        if self.members is not None:
+            difference = member_difference(self.members, image, self.window)
+        facts |= foreground_facts(facts["foreground"], sheets.size, name, difference)
+        clock.lap("measure")
+        written = self._write_volumes(name, probability, repaired.mask, sheets, size)
+        written += self._write_sheets(name, sheets, size)
+        written.append(result_path(name, ".", self.batch.output_dir / "pictures", ".png"))
+        before = probability >= self.threshold
+        write_png(written[-1], three_planes(image, before, repaired.mask))
+        clock.lap("write")
+        details = {
+            "shape": list(repaired.mask.shape),
+            "source_dtype": str(item.get("source_dtype", "")),
+            **size.facts(),
+            "checkpoint": self.checkpoint,
+            "repair": repaired.record,
+            **facts,
+            **clock.record(item.get("stages")),
+        }
+        log_facts(name, details)
+        row = {key: facts[key] for key in ("foreground", "sheets", "largest_sheet_voxels")}
+        row["warning"] = "; ".join(facts["warnings"])
+        self.batch.record(name, written, row, details)
+
+    def _write_volumes(
+        self,
+        name: str,
+        probability: NDArray[np.float32],
+        mask: NDArray[np.uint8],
+        sheets: NDArray[np.int32],
+        size: VoxelSize,
+    ) -> list[Path]:
+        volumes: dict[str, NDArray[Any]] = {"": mask, "_visualization": mask * np.uint8(255)}
+        images: dict[str, tuple[NDArray[Any], str]] = {"_surface": (mask, "max")}
+        if self.save_probability:
+            volumes["_probability"] = (probability * 65535).round().astype(np.uint16)
+            images["_probability"] = (volumes["_probability"], "mean")
+        if self.separate_instances:
+            few = sheets.max(initial=0) <= np.iinfo(np.uint16).max
+            volumes["_sheets"] = sheets.astype(np.uint16 if few else np.uint32)
+            images["_sheets"] = (volumes["_sheets"], "nearest")
+        written = [
+            write_tiff(self.batch.path(name, f"{suffix}.tif"), volume, **size.tiff_tags())
+            for suffix, volume in volumes.items()
+        ]
+        if self.save_ome_zarr:
+            about = {"lamina": {"bundle": self.batch.bundle, "input": name}}
+            written += [
+                write_ome_zarr(self.batch.path(name, f"{suffix}.zarr"), volume, size, reduce, about)
+                for suffix, (volume, reduce) in images.items()
+            ]
+        return written
+
+    def _write_sheets(self, name: str, sheets: NDArray[np.int32], size: VoxelSize) -> list[Path]:
+        """Write the height maps and the meshes of the largest sheets."""
+        if not (self.save_height_maps or self.save_meshes):
+            return []
+        boxes = ndimage.find_objects(sheets)
+        numbers = largest_sheets(np.bincount(sheets.ravel()), self.largest_sheets)
+        if len(numbers) < len(boxes):
+            logger.info(
+                "%s: maps and meshes of the %d largest of %d sheets; see largest_sheets",
+                name, len(numbers), len(boxes),
+            )  # fmt: skip
+        parts = {number: boxes[number - 1] for number in numbers}
+        written = []
+        if self.save_height_maps:
+            written.append(self.batch.path(name, "_heights"))
+            with whole_folder(written[-1]) as folder:
+                for number, box in parts.items():
+                    found = sheet_map(sheets[box] == number, _origin(box))
+                    write_sheet_map(folder / f"sheet_{number:04d}.tif", found, size.spacing)
+        if self.save_meshes:
+            written.append(self.batch.path(name, "_meshes"))
+            comments = [f"x y z in {'um' if size.um else 'voxels'}, voxel (0, 0, 0) at the origin"]
+            with whole_folder(written[-1]) as folder:
+                for number, box in parts.items():
+                    mesh = sheet_mesh(sheets[box] == number, _origin(box), size.um or (1, 1, 1))
+                    write_ply(folder / f"sheet_{number:04d}.ply", mesh, comments)
+        return written
 
 
 class EvaluationWriter:
@@ -144,96 +248,5 @@ class EvaluationWriter:
         write_yaml(self.output_dir / "test_metrics.yaml", content)
 
 
-def sheet_facts(mask: NDArray[np.uint8]) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Number the sheets of a mask and measure them.
-
-    Args:
-        mask: `(D, H, W)`.
-
-    Returns:
-        A number per 26-connected sheet from 1 on, and `foreground`, `background`, `sheets`,
-        `largest_sheet_voxels` and `sheet_faces`, the faces that each of the largest 50 sheets
-        shows to the background: twice its area in voxels.
-    """
-    sheets, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
-    sizes = np.bincount(sheets.ravel(), minlength=count + 1)
-    faces = np.zeros(count + 1, np.int64)
-    for axis in range(3):
-        ahead = np.moveaxis(sheets, axis, 0)
-        differs = ahead[1:] != ahead[:-1]
-        for side in (ahead[1:], ahead[:-1]):
-            faces += np.bincount(side[differs], minlength=count + 1)
-    largest = np.argsort(sizes[1:])[::-1][:50] + 1
-    return sheets, {
-        "foreground": int(sizes[1:].sum()),
-        "background": int(sizes[0]),
-        "sheets": int(count),
-        "largest_sheet_voxels": int(sizes[1:].max(initial=0)),
-        "sheet_faces": {int(number): int(faces[number]) for number in largest},
-    }
-
-
-def three_planes(
-    image: NDArray[Any],
-    before: NDArray[np.bool_],
-    after: NDArray[np.uint8],
-    label: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
-    """Return the middle planes of a volume as one RGB picture.
-
-    Left the image, in the middle the surface by the threshold alone, right the repaired one.
-    Without truth the surface is cyan. With truth, agreement is green, what only the prediction has
-    is red, what only the truth has is blue, and unlabelled voxels are dark.
-
-    Args:
-        image: `(D, H, W)`, any grey values.
-        before: `(D, H, W)`, the mask by the threshold alone.
-        after: `(D, H, W)`, the repaired mask.
-        label: `(D, H, W)`, 0, 1 and 2 (unlabelled).
-    """
-    low, high = np.percentile(image, (0.5, 99.5))
-    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    rows = []
-    for axis in range(3):
-        planes = [_plane(v, axis) for v in (grey, before, after)]
-        truth = None if label is None else _plane(label, axis)
-        shown = [_painted(planes[0], None, None)]
-        shown += [_painted(planes[0], plane > 0, truth) for plane in planes[1:]]
-        rows.append(np.concatenate([_margin(part) for part in shown], axis=1))
-    width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, [(0, 0), (0, width - row.shape[1]), (0, 0)]) for row in rows]
-    return np.concatenate(padded, axis=0)
-
-
-def _plane(volume: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Return the middle plane across an axis, its middle part where large, enlarged where small."""
-    plane = np.take(volume, volume.shape[axis] // 2, axis)
-    starts = [max(0, (n - _SIDE_PX) // 2) for n in plane.shape]
-    plane = plane[tuple(slice(start, start + _SIDE_PX) for start in starts)]
-    factor = max(1, _SIDE_PX // max(plane.shape))
-    enlarged: NDArray[Any] = plane.repeat(factor, axis=0).repeat(factor, axis=1)
-    return enlarged
-
-
-def _painted(
-    grey: NDArray[Any], mask: NDArray[np.bool_] | None, truth: NDArray[np.uint8] | None
-) -> NDArray[np.uint8]:
-    drawn = np.repeat(grey[..., None] * 255, 3, axis=-1).astype(np.float32)
-    if mask is None:
-        return drawn.astype(np.uint8)
-    layers = [(mask, (0, 230, 255))]
-    if truth is not None:
-        drawn[truth == 2] *= 0.4
-        real, seen = truth == 1, mask & (truth != 2)
-        layers = [
-            (seen & real, (40, 220, 90)),
-            (seen & ~real, (255, 60, 60)),
-            (real & ~mask, (70, 120, 255)),
-        ]
-    for pixels, colour in layers:
-        drawn[pixels] = 0.25 * drawn[pixels] + 0.75 * np.array(colour, np.float32)
-    return drawn.clip(0, 255).astype(np.uint8)
-
-
-def _margin(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.pad(picture, [(0, _GAP_PX), (0, _GAP_PX), (0, 0)], constant_values=255)
+def _origin(box: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(part.start for part in box)
