@@ -92,6 +92,7 @@ class BatchRun:
         self.problems: list[Problem] = []
         self.skipped = 0
         self.closing = ExitStack()  # what is to be closed at the end of the run
+        self._sources = {Path(str(case["image"])).resolve() for case in cases}
         self._owners: dict[Path, str] = {}  # whose results they are
         self._open: dict[str, Mapping[str, Any]] = {}  # begun, neither recorded nor rejected
         self.inputs = len(cases)
@@ -106,10 +107,14 @@ class BatchRun:
         """Return where a result of the input `name` goes: its folders and stem, and `suffix`.
 
         Raises:
-            InputError: a result of another input lies there, as `a_sheets.tif` of `a.tif` would
-                where there is an input `a_sheets.tif`.
+            InputError: an input lies there, or a result of another input, as `a_sheets.tif` of
+                `a.tif` would where there is an input `a_sheets.tif`.
         """
         path = result_path(name, ".", self.output_dir, suffix)
+        if path.resolve() in self._sources:
+            raise InputError(
+                f"{name}: its result would overwrite the input {path}; choose another output_dir"
+            )
         owner = self._owners.setdefault(path, name)
         if owner != name:
             raise InputError(

@@ -435,6 +435,16 @@ def test_no_result_goes_where_that_of_another_input_lies(folder: Folder) -> None
         batch.path("a_sheets.png", ".png")
 
 
+def test_no_result_overwrites_an_input(folder: Folder) -> None:
+    batch = folder.batch(output_dir=str(folder.root / "in"))
+    assert batch.path("a.png", "_vessels.png").parent == folder.root / "in"
+    with pytest.raises(
+        InputError, match=r"^a\.png: its result would overwrite the input .*a\.png;"
+    ):
+        batch.path("a.png", ".png")
+    assert (folder.root / "in" / "a.png").read_bytes() == FILES["a.png"]
+
+
 def test_no_result_goes_where_that_of_an_input_done_before_lies(folder: Folder) -> None:
     folder.run()
     with pytest.raises(InputError, match=r"would overwrite a_vessels\.png of a\.png"):
