@@ -1,5 +1,6 @@
 # make demo    set up .venv, train on the phantom for two minutes, segment a real fundus photograph
-# make test    set up .venv if need be and pass the tests; ARGS="-m slow" goes to pytest
+# make test    set up .venv if need be and pass the tests in JOBS=2 processes; ARGS="-m slow" goes
+#              to pytest
 # make check   ruff, mypy and the tests: what .ci/run does
 # make bench   the benchmarks
 # make setup   only the set-up; make lint, make types, make format, make clean
@@ -14,6 +15,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lamina-setup
 DEMO := runs/demo
 ARGS ?=
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadgroup
 
 # Real images for tests and benchmarks: a data folder beside the checkout, one level further at most.
 ifndef LAMINA_DATA
@@ -45,13 +48,13 @@ demo: $(STAMP)
 	@echo "                   $(DEMO)/train/report.html (the training on the phantom)"
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict pipeline
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 bench: $(STAMP)
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \

@@ -30,11 +30,21 @@ settings.register_profile(
 settings.load_profile("lamina")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what reads real images, so that `-m "not real_data"` always means it."""
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what reads real images, so that `-m "not real_data"` always means it.
+
+    Under `pytest -n 2 --dist loadgroup`, keep together what shares fixtures: the tests of one
+    bundle, whose session fixtures train it, and those of one file.
+    """
+    parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if "lamina_data" in getattr(item, "fixturenames", ()):
             item.add_marker("real_data")
+        if parallel:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            group = given["bundle"].name if "bundle" in given else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
