@@ -127,7 +127,7 @@ def _in_own_process(
 def _run_child(options: argparse.Namespace) -> None:
     """Run the command line in this process, and say what each stage took."""
     from pipeline.cli import main as command_line
-    from pipeline.vesuvius.stages import StageClock
+    from pipeline.inference.stages import StageClock
 
     peaks: dict[str, float] = {}
     lap = StageClock.lap

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ __all__ = [
     "resource_errors",
     "sync_folder",
     "to_plain",
+    "whole_folder",
     "write_bytes",
     "write_csv",
     "write_json",
@@ -90,6 +91,41 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
     except BaseException:  # a KeyboardInterrupt must not leave the temporary file either
         _unlink(temporary)
         raise
+
+
+@contextmanager
+def whole_folder(final: Path | str) -> Iterator[Path]:
+    """Give a new folder to fill and move it to `final`, in place of a folder that is there.
+
+    What a killed run left is removed by the next one for the same result.
+
+    Args:
+        final: where the folder belongs.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    final = Path(final)
+    partial = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.removed")
+    with resource_errors(final):
+        for left in (partial, old):
+            if left.exists():
+                shutil.rmtree(left)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if final.exists():
+            final.replace(old)
+        partial.replace(final)
+        sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

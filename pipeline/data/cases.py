@@ -77,13 +77,16 @@ def found(manifest: Manifest, folder: str, fold: int | None, *splits: Sequence[S
     )
 
 
-def inputs_below(dataset_dir: str | None, manifest: str, output_dir: str) -> list[dict[str, Any]]:
+def inputs_below(
+    dataset_dir: str | None, manifest: str, output_dir: str, follow_symlinks: bool = False
+) -> list[dict[str, Any]]:
     """List the inputs of an inference run.
 
     Args:
         dataset_dir: one file, or a folder that `manifest` describes.
         manifest: name or path of the manifest.
         output_dir: where results go: not below `dataset_dir`, where the next run would find them.
+        follow_symlinks: accept links that lead out of `dataset_dir`.
 
     Raises:
         ConfigurationError: dataset_dir is not set, or holds output_dir.
@@ -101,5 +104,5 @@ def inputs_below(dataset_dir: str | None, manifest: str, output_dir: str) -> lis
         )
     if source.is_file() or source.suffix == ".zarr":
         return [{"image": str(source), "label": None, "fov": None, "name": source.name}]
-    samples = find_samples(load_manifest(manifest), source)
+    samples = find_samples(load_manifest(manifest), source, follow_symlinks=follow_symlinks)
     return [{**case, "label": None} for case in as_cases(samples)]

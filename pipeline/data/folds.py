@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ import numpy as np
 from pipeline.data.checksums import file_sha256
 from pipeline.data.manifests import Manifest
 from pipeline.data.samples import Sample
+from pipeline.data.tables import Table, read_tables
 from pipeline.errors import ConfigurationError, InputErrors, Problem
 
-__all__ = ["Split", "assign_folds", "deal_as_sklearn", "leaks", "split_samples"]
+__all__ = ["Split", "assign_folds", "deal_as_sklearn", "leaks", "shuffled", "split_samples"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def assign_folds(subjects: Mapping[str, str], k: int, seed: int) -> dict[str, in
         )
     filled = [0] * k
     fold_of: dict[str, int] = {}
-    for subject in sorted(_shuffled(sizes, seed), key=lambda name: -sizes[name]):
+    for subject in sorted(shuffled(sizes, seed), key=lambda name: -sizes[name]):
         fold = min(range(k), key=filled.__getitem__)
         fold_of[subject] = fold
         filled[fold] += sizes[subject]
@@ -102,14 +106,17 @@ def split_samples(
         samples: of the whole dataset.
         manifest: its own validation list, cut and folds.
         fold: None for the manifest's validation list or cut; a number for that fold of the splits
-            that the manifest deals (train and val unless it says otherwise).
+            that the manifest deals (train and val unless it says otherwise). Where a table deals
+            them, None is fold 0.
         seed: in place of the manifest's; a fold recorded in a frozen manifest stays as it is.
 
     Raises:
         ConfigurationError: there is no such fold, or no sample of the validation list.
         InputErrors: a subject or an image stands on two sides.
     """
-    if fold is None:
+    if manifest.folds.get("dealt") == "by_table":
+        train, val, test = _cut_by_table(samples, manifest, fold or 0)
+    elif fold is None:
         train = [sample for sample in samples if sample.split == "train"]
         val = [sample for sample in samples if sample.split == "val"]
         if not val and train:
@@ -117,7 +124,12 @@ def split_samples(
         test = [sample for sample in samples if sample.split == "test"]
     else:
         train, val, test = _cut_fold(samples, manifest, fold, seed)
-    problems = leaks({"train": train, "val": val, "test": test})
+    sides = {"train": train, "val": val, "test": test}
+    problems, copies = _shared_subjects(sides), _copies(sides)
+    if manifest.copies == "refuse":
+        problems += copies
+    elif copies:
+        logger.warning("%d images stand on two sides: %s", len(copies), copies[0])
     if problems:
         raise InputErrors(problems, "samples on two sides of a split")
     return Split(train, val, test)
@@ -125,6 +137,10 @@ def split_samples(
 
 def leaks(sides: Mapping[str, Sequence[Sample]]) -> list[Problem]:
     """Return a problem for every subject and every image content on more than one side."""
+    return _shared_subjects(sides) + _copies(sides)
+
+
+def _shared_subjects(sides: Mapping[str, Sequence[Sample]]) -> list[Problem]:
     problems = []
     by_subject = {
         name: {sample.subject: sample for sample in samples} for name, samples in sides.items()
@@ -136,6 +152,11 @@ def leaks(sides: Mapping[str, Sequence[Sample]]) -> list[Problem]:
                 f"({second[subject].relative.as_posix()}); keep a subject on one side"
             )
             problems.append(Problem(first[subject].relative.as_posix(), "split", message))
+    return problems
+
+
+def _copies(sides: Mapping[str, Sequence[Sample]]) -> list[Problem]:
+    problems = []
     side_of = {sample.image: name for name, samples in sides.items() for sample in samples}
     for copies in _equal_images(sample for samples in sides.values() for sample in samples):
         found = sorted({side_of[sample.image] for sample in copies})
@@ -182,15 +203,56 @@ def _cut_validation(
                 "choose a fold"
             )
     elif "fraction" in rule and len(present) > 1:
-        order = _shuffled(present, rule["seed"] if seed is None else seed)
-        count = min(max(round(rule["fraction"] * len(order)), 1), len(order) - 1)
-        chosen = set(order[:count])
+        chosen = _fraction(train, rule["fraction"], rule["seed"] if seed is None else seed)
     else:
         chosen = set()
     return (
         [sample for sample in train if sample.subject not in chosen],
         [sample for sample in train if sample.subject in chosen],
     )
+
+
+def _fraction(train: Sequence[Sample], fraction: float, seed: int) -> set[str]:
+    """Return that part of the subjects; where samples have classes, of each class's subjects.
+
+    A subject counts for the class of its first sample. One subject at least stays on either side,
+    so the only subject of a class is trained on.
+    """
+    by_class: dict[str | None, set[str]] = defaultdict(set)
+    for subject, category in {s.subject: s.category for s in reversed(train)}.items():
+        by_class[category].add(subject)
+    chosen: set[str] = set()
+    for subjects in by_class.values():
+        order = shuffled(subjects, seed)
+        count = min(max(round(fraction * len(order)), 1), len(order) - 1)
+        chosen.update(order[:count])
+    return chosen
+
+
+def _cut_by_table(
+    samples: Sequence[Sample], manifest: Manifest, fold: int
+) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """Return train, val and test as the table beside the manifest has them."""
+    k, name = manifest.folds["k"], manifest.folds["table"]
+    if not 0 <= fold < k:
+        raise ConfigurationError(
+            f"fold is {fold}, expected 0 to {k - 1} (manifest {manifest.name})"
+        )
+    if manifest.path is None:
+        raise ConfigurationError(f"manifest {manifest.name}: save it beside its table {name}")
+    table = Table(name, "subject", "subject", {"split": f"split_{fold}"})
+    rows = read_tables([table], manifest.path.parent)[name]
+    sides: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    for sample in samples:
+        side = rows.get(sample.subject, {}).get("split", "")
+        if side not in sides:
+            raise ConfigurationError(
+                f"{manifest.path.parent / name}: split_{fold} of subject {sample.subject!r} "
+                f"({sample.relative.as_posix()}) is {side or 'missing'}; "
+                f"expected one of {', '.join(sides)}"
+            )
+        sides[side].append(sample)
+    return sides["train"], sides["val"], sides["test"]
 
 
 def _cut_fold(
@@ -222,7 +284,7 @@ def _cut_fold(
     )
 
 
-def _shuffled(names: Iterable[str], seed: int) -> list[str]:
+def shuffled(names: Iterable[str], seed: int) -> list[str]:
     """Return `names` in an order that depends on the seed and nothing else."""
 
     def rank(name: str) -> tuple[bytes, str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.samples import Sample, find_by_patterns, find_by_records
+from pipeline.data.lists import ImageList
+from pipeline.data.samples import Sample, find_by_lists, find_by_patterns, find_by_records
 from pipeline.data.shipped import shipped_folder
 from pipeline.data.strict_yaml import read_yaml
 from pipeline.data.tables import Table
@@ -69,6 +70,7 @@ class Record:
     files: Mapping[str, RecordedFile]
     stratum: str | None = None
     fold: int | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,16 @@ class Manifest:
         subject: template for the subject of a sample.
         stratum: template for its stratum.
         validation: `fraction` and `seed`, or `subjects`, or nothing.
-        folds: `k`, `seed`, `dealt` and `splits`, or nothing.
+        folds: `k`, `seed`, `dealt`, `splits` and `table`, or nothing.
         records: the samples of a frozen manifest.
         notes: what a user should know.
         tables: CSV files that give samples further fields.
         path: the file it was read from.
+        lists: files that list the images, in place of patterns.
+        classes: where images have a class: `of`, the template for it, and `first`, `count`,
+            `file`, `names` as far as they are given; or nothing.
+        blocks: further field -> `field` and `size`: a number cut into blocks.
+        copies: `refuse` the same image on two sides of a split, or `report` it only.
     """
 
     name: str
@@ -116,11 +123,15 @@ class Manifest:
     notes: str = ""
     tables: tuple[Table, ...] = ()
     path: Path | None = None
+    lists: tuple[ImageList, ...] = ()
+    classes: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    copies: str = "refuse"
 
     @property
     def expected_layout(self) -> str:
         """Return the image and label patterns in one line, for messages."""
-        parts = []
+        parts = [one.layout for one in self.lists]
         for entry in self.files:
             label = entry.roles.get("label")
             optional = "" if entry.labels_required else " (optional)"
@@ -168,14 +179,16 @@ def find_samples(
     Files belong together when the fields captured from their paths agree; order plays no part.
 
     Args:
-        manifest: the layout, or the records of a frozen manifest.
+        manifest: the layout, or the records of a frozen manifest. Where one of its lists is there,
+            the lists hold and not the patterns.
         dataset_dir: the folder that the owner's archive unpacks to.
         verify: with records, compare size and SHA-256 of every file.
         follow_symlinks: accept links that lead out of `dataset_dir`.
 
     Raises:
         InputError: the folder or any match is missing.
-        InputErrors: every image without its label, label without image, changed file.
+        InputErrors: every image without its label, label without image, changed file, bad line of
+            a list and listed image that is missing.
         ConfigurationError: a path leaves `dataset_dir`, or two files claim one place.
     """
     root = Path(dataset_dir)
@@ -188,6 +201,8 @@ def find_samples(
     root = root.resolve()
     if manifest.records:
         samples = find_by_records(manifest, root, verify=verify, follow_symlinks=follow_symlinks)
+    elif any((root / one.file).is_file() for one in manifest.lists):
+        samples = find_by_lists(manifest, root, follow_symlinks=follow_symlinks)
     else:
         samples = find_by_patterns(manifest, root, follow_symlinks=follow_symlinks)
     return sorted(samples, key=lambda sample: sample.id)
@@ -226,7 +241,10 @@ def _build(content: Mapping[str, Any], path: Path | None) -> Manifest:
         intensity=content.get("intensity", {"mean": None, "std": None, "note": "not measured"}),
         labels=content["labels"],
         fields=content.get("fields", {}),
-        files=tuple(_file_pattern(entry) for entry in content.get("files", ())),
+        files=tuple(
+            _file_pattern(entry, "optional" if content.get("classes") else "required")
+            for entry in content.get("files", ())
+        ),
         subject=content["subject"],
         stratum=content.get("stratum"),
         validation=content["validation"] or {},
@@ -235,15 +253,20 @@ def _build(content: Mapping[str, Any], path: Path | None) -> Manifest:
         notes=content.get("notes", ""),
         tables=tuple(Table(**entry) for entry in content.get("tables", ())),
         path=path,
+        lists=tuple(ImageList(**entry) for entry in content.get("lists", ())),
+        classes=content.get("classes") or {},
+        blocks=content.get("blocks", {}),
+        copies=content.get("copies", "refuse"),
     )
 
 
-def _file_pattern(entry: Mapping[str, Any]) -> FilePattern:
+def _file_pattern(entry: Mapping[str, Any], labels: str) -> FilePattern:
+    """Return the pattern of an entry; `labels` holds where it does not say."""
     roles = {role: entry[role] for role in _ROLES if role in entry} | entry.get("extra", {})
     return FilePattern(
         split=entry["split"],
         roles=roles,
-        labels_required=entry.get("labels", "required") == "required",
+        labels_required=entry.get("labels", labels) == "required",
         where=entry.get("where", {}),
     )
 

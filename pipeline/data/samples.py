@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import string
 import unicodedata
@@ -12,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.checksums import file_sha256
+from pipeline.data.dataset_paths import check_inside, walk_files
 from pipeline.data.images import IMAGE_SUFFIXES, image_stem
+from pipeline.data.lists import read_lists
 from pipeline.data.tables import read_tables
 from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
 
 if TYPE_CHECKING:
     from pipeline.data.manifests import FilePattern, Manifest, Record
 
-__all__ = ["Sample", "find_by_patterns", "find_by_records", "image_paths"]
+__all__ = ["Sample", "find_by_lists", "find_by_patterns", "find_by_records", "image_paths"]
 
 _Rows = Mapping[str, Mapping[str, Mapping[str, str]]]  # table -> key -> field -> value
 _Key = tuple[tuple[str, str], ...]
@@ -41,6 +42,7 @@ class Sample:
         root: the dataset folder.
         files: further files by role.
         fold: validation fold, where a frozen manifest records it.
+        category: its class, as a name or a number in the owner's words, or None.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Sample:
     root: Path
     files: Mapping[str, Path] = field(default_factory=dict, hash=False)
     fold: int | None = None
+    category: str | None = None
 
     @property
     def relative(self) -> Path:
@@ -81,7 +84,7 @@ def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -
         InputErrors: images without label or labels without image, all of them.
         ConfigurationError: a path leaves `root`, or two files claim one place.
     """
-    paths = list(_walk(root, follow_symlinks=follow_symlinks))
+    paths = list(walk_files(root, follow_symlinks=follow_symlinks))
     rows = read_tables(manifest.tables, root)
     samples: list[Sample] = []
     problems: list[Problem] = []
@@ -102,7 +105,40 @@ def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -
     _check_unique(samples)
     for sample in samples:
         for path in sample.roles.values():
-            _check_inside(path, root, follow_symlinks=follow_symlinks)
+            check_inside(path, root, follow_symlinks=follow_symlinks)
+    return samples
+
+
+def find_by_lists(manifest: Manifest, root: Path, *, follow_symlinks: bool) -> list[Sample]:
+    """Return the samples that the lists of `manifest` name.
+
+    Raises:
+        InputError: a list is missing or empty.
+        InputErrors: every bad line, or every listed image that is missing.
+        ConfigurationError: a path leaves `root`.
+    """
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    present = {
+        unicodedata.normalize("NFC", p): p
+        for p in walk_files(root, follow_symlinks=follow_symlinks)
+    }
+    for one in read_lists(manifest.lists, root, manifest.fields):
+        path = present.get(unicodedata.normalize("NFC", one.image))
+        if path is None:
+            if one.image.startswith("/") or ".." in one.image.split("/"):
+                check_inside(root / one.image, root, follow_symlinks=follow_symlinks)
+            problems.append(Problem(one.image, "find", f"not found, listed in {one.where}"))
+            continue
+        samples.append(_sample(manifest, root, path, {"image": root / path}, one.values))
+    if problems:
+        raise InputErrors(problems, f"listed images missing under {root}")
+    if not samples:
+        raise InputError(f"{root}: the lists name no image; expected {manifest.expected_layout}")
+    _check_unique(samples)
+    for sample in samples:
+        if sample.image.is_symlink():  # the folders were walked, so they lie inside
+            check_inside(sample.image, root, follow_symlinks=follow_symlinks)
     return samples
 
 
@@ -119,7 +155,7 @@ def find_by_records(
     problems = []
     for sample, record in zip(samples, manifest.records, strict=True):
         for role, path in sample.roles.items():
-            _check_inside(path, root, follow_symlinks=follow_symlinks)
+            check_inside(path, root, follow_symlinks=follow_symlinks)
             expected = record.files[role]
             if not path.is_file():
                 problems.append(Problem(expected.path, "find", f"not found under {root}"))
@@ -131,7 +167,11 @@ def find_by_records(
                     Problem(expected.path, "verify", "changed: its SHA-256 is not the recorded one")
                 )
     if problems:
-        raise InputErrors(problems, f"files of manifest {manifest.name} missing or changed")
+        raise InputErrors(
+            problems,
+            f"files of manifest {manifest.name} missing or changed (restore them or freeze the "
+            "folder anew; verify: false takes changed ones as they are)",
+        )
     _check_unique(samples)
     return samples
 
@@ -142,27 +182,8 @@ def image_paths(root: Path | str) -> list[str]:
     Raises:
         ConfigurationError: a folder is a link that leaves `root`.
     """
-    found = _walk(Path(root).resolve(), follow_symlinks=False)
+    found = walk_files(Path(root).resolve(), follow_symlinks=False)
     return sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
-
-
-def _walk(root: Path, *, follow_symlinks: bool) -> Iterator[str]:
-    """Yield the files below `root` as sorted POSIX paths; hidden ones are no data."""
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link back to a folder above it
-            folders.clear()
-            continue
-        visited.add(real)
-        for name in folders:
-            path = Path(folder, name)
-            if path.is_symlink() and not name.startswith("."):
-                _check_inside(path, root, follow_symlinks=follow_symlinks)
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def _match(
@@ -253,6 +274,8 @@ def _sample(
     found: dict[str, Path],
     values: Mapping[str, str],
 ) -> Sample:
+    values = {**values, **_blocks(manifest, relative, values)}
+    of_class = manifest.classes.get("of")
     image, label, fov, observer2 = (
         found.pop(role, None) for role in ("image", "label", "fov", "observer2")
     )
@@ -267,7 +290,19 @@ def _sample(
         stratum=_fill(manifest.stratum, values) if manifest.stratum else None,
         root=root,
         files=found,
+        category=_fill(of_class, values) if of_class else None,
     )
+
+
+def _blocks(manifest: Manifest, relative: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields that number the blocks, such as those of a video's frames."""
+    found = {}
+    for name, block in manifest.blocks.items():
+        value = values[block["field"]]
+        if not value.isdecimal():
+            raise InputError(f"{relative}: {block['field']} is {value!r}, expected a number")
+        found[name] = str(int(value) // block["size"])
+    return found
 
 
 def _recorded_sample(record: Record, root: Path) -> Sample:
@@ -287,6 +322,7 @@ def _recorded_sample(record: Record, root: Path) -> Sample:
         root=root,
         files=found,
         fold=record.fold,
+        category=record.category,
     )
 
 
@@ -308,15 +344,3 @@ def _check_unique(samples: list[Sample]) -> None:
             raise ConfigurationError(
                 f"two samples of one name: {'; '.join(clashes[:20])}; rename or remove one of each"
             )
-
-
-def _check_inside(path: Path, root: Path, *, follow_symlinks: bool) -> None:
-    inside = path.is_relative_to(root) and ".." not in path.relative_to(root).parts
-    if not inside:
-        raise ConfigurationError(f"{path}: leaves dataset_dir {root}; keep the data below it")
-    target = path.resolve()
-    if not follow_symlinks and not target.is_relative_to(root):
-        raise ConfigurationError(
-            f"{path}: a link that leaves dataset_dir {root} (to {target}); "
-            "copy the data there or allow it with follow_symlinks"
-        )

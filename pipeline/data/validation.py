@@ -47,6 +47,11 @@ def check_templates(manifest: Manifest, where: str) -> None:
     """
     for name, expression in manifest.fields.items():
         _check_expression(expression, f"{where}: fields.{name}")
+    for one in manifest.lists:
+        _check_fields(_PLACEHOLDER.findall(one.image), one.fields, f"{where}: lists.{one.file}")
+        _check_values(manifest, [*one.fields, "split"], where)
+        if ".." in Path(one.image).parts:
+            raise ConfigurationError(f"{where}: lists.{one.file}: {one.image!r} leaves dataset_dir")
     for index, entry in enumerate(manifest.files):
         key = f"{where}: files.{index}"
         for name, expression in entry.where.items():
@@ -72,9 +77,18 @@ def check_templates(manifest: Manifest, where: str) -> None:
         found = _PLACEHOLDER.findall(entry.roles["image"])
         _check_fields([table.field for table in manifest.tables], found, f"{where}: tables")
         further = [field for table in manifest.tables for field in table.columns]
-        known = [*found, *further, "split"]
-        _check_fields(_PLACEHOLDER.findall(manifest.subject), known, f"{where}: subject")
-        _check_fields(_PLACEHOLDER.findall(manifest.stratum or ""), known, f"{where}: stratum")
+        _check_values(manifest, [*found, *further, "split"], where)
+
+
+def _check_values(manifest: Manifest, fields: Sequence[str], where: str) -> None:
+    """Refuse templates over fields that a sample does not have."""
+    for name, block in manifest.blocks.items():
+        _check_fields([block["field"]], fields, f"{where}: blocks.{name}")
+    known = [*fields, *manifest.blocks]
+    _check_fields(_PLACEHOLDER.findall(manifest.subject), known, f"{where}: subject")
+    _check_fields(_PLACEHOLDER.findall(manifest.stratum or ""), known, f"{where}: stratum")
+    of_class = manifest.classes.get("of", "")
+    _check_fields(_PLACEHOLDER.findall(of_class), known, f"{where}: classes.of")
 
 
 @functools.cache

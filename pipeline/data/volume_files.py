@@ -123,11 +123,13 @@ def open_nifti(path: Path, key: str | None = None) -> Source:
     """
     import nibabel
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.imageglobals import LoggingOutputSuppressor
     from nibabel.spatialimages import HeaderDataError
 
     check_key_unused(path, key)
     try:
-        image: Any = nibabel.load(path)
+        with LoggingOutputSuppressor():  # it writes to the standard error what it mends in a header
+            image: Any = nibabel.load(path)
     except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path}: not a NIfTI file: {error}") from error
     shape, proxy = image.shape, image.dataobj

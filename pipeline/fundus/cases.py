@@ -26,6 +26,8 @@ def training_cases(
     fold: int | None = None,
     seed: int = 0,
     check: bool = True,
+    verify: bool = True,
+    follow_symlinks: bool = False,
 ) -> Cases:
     """Find, check and split the cases of a training or evaluation run.
 
@@ -36,6 +38,8 @@ def training_cases(
         fold: which of the manifest's folds validates; None takes the manifest's own validation set.
         seed: of the folds and of the phantom.
         check: read every file first, so that all problems are listed before training starts.
+        verify: where the manifest records checksums, refuse files that have changed.
+        follow_symlinks: accept links that lead out of `dataset_dir`.
 
     Raises:
         InputErrors: files are missing, unreadable or do not fit; all are listed.
@@ -49,7 +53,9 @@ def training_cases(
         facts.append("no dataset_dir: training on the PHANTOM (drawn photographs, not real ones)")
         logger.warning(facts[0])
     described = load_manifest(manifest)
-    samples = find_samples(described, Path(dataset_dir))
+    samples = find_samples(
+        described, Path(dataset_dir), verify=verify, follow_symlinks=follow_symlinks
+    )
     if check and (problems := check_samples(samples, described)):
         raise InputErrors(problems, f"found wrong in {dataset_dir}")
     split = split_samples(samples, described, fold, seed)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.fundus.metrics import choose_threshold, pooled_metrics, summarise, vessel_metrics
 from pipeline.fundus.morphometry import vessel_calibre
+from pipeline.inference.evaluation_tables import items_of
 
-__all__ = ["VesselMetrics", "validated_items"]
+__all__ = ["VesselMetrics"]
 
 Maps = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
 
@@ -50,7 +51,7 @@ class VesselMetrics(Metric):
 
     def iteration_completed(self, engine: Engine) -> None:
         """Take the items of the iteration."""
-        self.update(validated_items(engine))
+        self.update(items_of(engine))
 
     def update(self, output: Sequence[dict[str, Any]]) -> None:
         """Take items after post-processing, with the keys of batch and output."""
@@ -86,13 +87,6 @@ class VesselMetrics(Metric):
         calibre = vessel_calibre((probability >= self.threshold) & fov, fov)
         row = {"image": item["name"], **metrics, **calibre, "fov": item["fov_source"]}
         return row | ({"stratum": item["stratum"]} if item["stratum"] else {})
-
-
-def validated_items(engine: Engine) -> list[dict[str, Any]]:
-    """Return the decollated items of an evaluator's iteration, batch and output merged."""
-    state: Any = engine.state
-    pairs = zip(state.batch, state.output, strict=True)
-    return [{**given, **result} for given, result in pairs]
 
 
 def _array(value: Tensor | NDArray[Any]) -> NDArray[Any]:

@@ -5,9 +5,7 @@ They stand in for real data where there is none: in the demonstration, the tests
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import write_json
+from pipeline.data.phantom_folders import draw_folder
 from pipeline.data.writers import write_png
 from pipeline.errors import ConfigurationError
 from pipeline.fundus.phantom_render import Frame, photograph, rasterise
@@ -23,10 +21,7 @@ from pipeline.fundus.phantom_tree import Vessel, grow_vessels, place_anatomy
 
 __all__ = ["FundusPhantom", "fundus_phantom", "write_phantom_dataset"]
 
-logger = logging.getLogger(__name__)
-
 SMALLEST_SIDE_PX = 64
-MARKER_NAME = "phantom.json"
 DEFAULT_COUNT: Mapping[str, int] = {"train": 8, "val": 2, "test": 2}
 
 _VERSION = 1  # of the drawings; a new one makes write_phantom_dataset draw again
@@ -122,7 +117,6 @@ def write_phantom_dataset(
         ConfigurationError: a setting is out of range, or the folder holds something else.
         ResourceError: the folder cannot be written.
     """
-    root = Path(directory)
     size = (size_px, size_px) if isinstance(size_px, int) else (int(size_px[0]), int(size_px[1]))
     if seed < 0 or any(number < 0 for number in count.values()):
         raise ConfigurationError(
@@ -134,19 +128,13 @@ def write_phantom_dataset(
         "size_px": list(size),
         "seed": int(seed),
     }
-    if _is_complete(root, settings):
-        logger.info("%s: phantom data set found, with the same settings", root)
-        return root
-    _clear(root)
-    write_json(root / MARKER_NAME, {"complete": False, "settings": settings, "files": {}})
-    files: dict[str, int] = {}
-    for split, index in [(name, i) for name in sorted(count) for i in range(count[name])]:
-        phantom = fundus_phantom(_image_seed(seed, split, index), size)
-        for path in _write(phantom, root / split, f"phantom_{index:03d}.png"):
-            files[path.relative_to(root).as_posix()] = path.stat().st_size
-    write_json(root / MARKER_NAME, {"complete": True, "settings": settings, "files": files})
-    logger.info("%s: wrote %d phantoms", root, sum(count.values()))
-    return root
+
+    def draw(root: Path) -> Iterator[Path]:
+        for split, index in [(name, i) for name in sorted(count) for i in range(count[name])]:
+            phantom = fundus_phantom(_image_seed(seed, split, index), size)
+            yield from _write(phantom, root / split, f"phantom_{index:03d}.png")
+
+    return draw_folder(directory, settings, draw, ["*/*/phantom_[0-9]*.png"])
 
 
 def _place_frame(rng: np.random.Generator, height: int, width: int, mirrored: bool | None) -> Frame:
@@ -207,42 +195,3 @@ def _write(phantom: FundusPhantom, folder: Path, name: str) -> list[Path]:
     for path, array in zip(paths, arrays.values(), strict=True):
         write_png(path, array)
     return paths
-
-
-def _is_complete(root: Path, settings: Mapping[str, Any]) -> bool:
-    """Tell whether the marker is there with these settings and every file as long as it says."""
-    marker = _read_marker(root)
-    if not marker.get("complete") or marker.get("settings") != settings:
-        return False
-    sizes = {name: root / name for name in marker["files"]}
-    return all(
-        path.is_file() and path.stat().st_size == marker["files"][name]
-        for name, path in sizes.items()
-    )
-
-
-def _read_marker(root: Path) -> dict[str, Any]:
-    path = root / MARKER_NAME
-    if not path.is_file():
-        return {}
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{path}: not the marker of a phantom data set ({error}); choose another folder, "
-            "or delete this one"
-        ) from error
-    return marker if isinstance(marker, dict) else {}
-
-
-def _clear(root: Path) -> None:
-    """Delete the pictures of an earlier phantom data set; refuse a folder of anything else."""
-    if not root.exists():
-        return
-    if not root.is_dir() or (any(root.iterdir()) and not _read_marker(root)):
-        raise ConfigurationError(
-            f"{root}: holds no phantom data set (no {MARKER_NAME}) and is not empty; "
-            "choose another folder for the phantoms"
-        )
-    for path in root.glob("*/*/phantom_[0-9]*.png"):
-        path.unlink(missing_ok=True)

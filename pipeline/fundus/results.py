@@ -11,14 +11,14 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from skimage.transform import resize
 
-from pipeline.data.atomic import write_yaml
 from pipeline.data.images import read_image
-from pipeline.data.writers import result_path, write_png
-from pipeline.fundus.evaluation import VesselMetrics, validated_items
+from pipeline.data.writers import write_png
+from pipeline.fundus.evaluation import VesselMetrics
 from pipeline.fundus.metrics import summarise
 from pipeline.fundus.morphometry import vessel_calibre
 from pipeline.fundus.transforms import rgb_photograph
 from pipeline.inference.batch import BatchRun
+from pipeline.inference.evaluation_tables import EvaluationFolder, items_of
 
 __all__ = ["EvaluationWriter", "ResultWriter", "overlay", "shown_photograph"]
 
@@ -67,9 +67,8 @@ class EvaluationWriter:
         summary: Mapping[str, Any],
         save_predictions: bool = True,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.folder = EvaluationFolder(output_dir, summary)
         self.metrics = metrics
-        self.summary = dict(summary)
         self.save_predictions = save_predictions
 
     def attach(self, engine: Engine) -> None:
@@ -83,20 +82,15 @@ class EvaluationWriter:
         ):
             name, mask = item["name"], (probability >= self.metrics.threshold) & fov
             if self.save_predictions:
-                write_png(
-                    _below(self.output_dir / "predictions", name), mask.astype(np.uint8) * 255
-                )
+                write_png(self.folder.prediction(name, ".png"), mask.astype(np.uint8) * 255)
             picture = overlay(shown_photograph(item["image_path"]), mask, label & fov)
-            write_png(_below(self.output_dir / "pictures", name), picture)
-        write_yaml(self.output_dir / "per_image_metrics.yaml", self.metrics.per_image)
-        write_yaml(self.output_dir / "test_metrics.yaml", self._totals())
+            write_png(self.folder.picture(name), picture)
+        self.folder.write_tables(self.metrics.per_image, self._figures())
 
-    def _totals(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         rows = self.metrics.per_image
         origins = {row["fov"] for row in rows}
         return {
-            **self.summary,
-            "num_test_images": len(rows),
             "threshold": self.metrics.threshold,
             "fov": origins.pop() if len(origins) == 1 else "mixed",
             "average_metrics": {k: v["mean"] for k, v in summarise(rows).items()},
@@ -138,14 +132,14 @@ class ResultWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        for item in validated_items(engine):
+        for item in items_of(engine):
             probability = np.asarray(item["pred"].cpu())[0]
             fov = np.asarray(item["native_fov"].cpu())[0] > 0
             mask = (probability >= self.threshold) & fov
             name = str(item["name"])
             pictures = {
                 self.batch.path(name, "_vessels.png"): mask.astype(np.uint8) * 255,
-                _below(self.batch.output_dir / "pictures", name): overlay(
+                self.batch.path(f"pictures/{name}", ".png"): overlay(
                     _uint8(np.moveaxis(np.asarray(item["native_image"].cpu()), 0, -1)), mask
                 ),
             }
@@ -155,18 +149,17 @@ class ResultWriter:
             for path, picture in pictures.items():
                 write_png(path, picture)
             row = {**vessel_calibre(mask, fov), "fov": item["fov_source"]}
-            details = {"shape": list(mask.shape), "threshold": self.threshold}
+            details = {
+                "shape": list(mask.shape),
+                "source_dtype": item["source_dtype"],
+                "threshold": self.threshold,
+            }
             self.batch.record(name, list(pictures), row, details)
 
 
 def shown_photograph(source: str | Path) -> NDArray[np.uint8]:
     """Return a photograph file as RGB uint8 `(H, W, 3)`, for pictures."""
     return _uint8(rgb_photograph(read_image(Path(source)), source))
-
-
-def _below(folder: Path, name: str) -> Path:
-    """Return where the picture of the image `name` goes: its folders and stem below `folder`."""
-    return result_path(name, ".", folder, ".png")
 
 
 def _uint8(values: NDArray[Any]) -> NDArray[np.uint8]:

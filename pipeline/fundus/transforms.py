@@ -76,8 +76,8 @@ class LoadFundusd(MapTransform):
 
     Takes `image`, and `label` and `fov` where present and not None: paths or arrays in `(H, W[,
     C])` order. Gives `image` `(3, H, W)` float32 in 0..1, `label` `(1, H, W)` uint8 0/1, `fov`
-    `(1, H, W)` uint8 0/1, `fov_source` (`given`, or `derived` from the photograph) and
-    `image_path`.
+    `(1, H, W)` uint8 0/1, `fov_source` (`given`, or `derived` from the photograph),
+    `source_dtype` and `image_path`.
 
     Raises:
         InputError: a file is unreadable or the sizes differ; the message names the files.
@@ -90,7 +90,9 @@ class LoadFundusd(MapTransform):
         """Return the case with arrays in place of paths."""
         case = dict(data)
         names = {key: _name(case.get(key), str(key)) for key in self.keys}
-        photograph = rgb_photograph(_pixels(case["image"]), names["image"])
+        pixels = _pixels(case["image"])
+        case["source_dtype"] = str(pixels.dtype)
+        photograph = rgb_photograph(pixels, names["image"])
         case["image"] = _channel_first(np.moveaxis(photograph, -1, 0), names["image"])
         if case.get("label") is None:
             case.pop("label", None)

@@ -34,6 +34,8 @@ def training_cases(
     fold: int | None = None,
     fold_seed: int | None = None,
     phantom_seed: int = 0,
+    verify: bool = True,
+    follow_symlinks: bool = False,
 ) -> Cases:
     """Find, check and split the B-scans of a training or evaluation run.
 
@@ -48,6 +50,8 @@ def training_cases(
         fold: which of the manifest's folds validates; None takes the manifest's own validation set.
         fold_seed: of the folds; None: the manifest's.
         phantom_seed: of the phantoms.
+        verify: where the manifest records checksums, refuse files that have changed.
+        follow_symlinks: accept links that lead out of `dataset_dir`.
 
     Raises:
         InputErrors: files are missing, unreadable, or those to train on have no ILM or BM; all are
@@ -63,7 +67,10 @@ def training_cases(
     scans: dict[str, dict[str, Any]] = {}
     samples: list[Sample] = []
     problems: list[Problem] = []
-    for sample in find_samples(described, Path(dataset_dir)):
+    recorded = find_samples(
+        described, Path(dataset_dir), verify=verify, follow_symlinks=follow_symlinks
+    )
+    for sample in recorded:
         try:
             for scan, more in _bscans(sample, read_oct(sample.image)):
                 samples.append(scan)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.inference.evaluation_tables import items_of, known_mean
 from pipeline.oct.coordinates import Layers, extract_layers, original_extraction
 from pipeline.oct.frames import layers_to_frame
 from pipeline.oct.losses import IGNORE_LABEL
@@ -21,7 +22,7 @@ from pipeline.oct.metrics import ScanRows, evaluate_scans, layer_metrics
 from pipeline.oct.pixel_maps import class_mask
 from pipeline.oct.risk_coverage import sigma_for_coverage
 
-__all__ = ["LayerMetrics", "Watch", "column_means", "items_of", "layers_in_source"]
+__all__ = ["LayerMetrics", "Watch", "layers_in_source"]
 
 Watch = Callable[[Mapping[str, Any], Layers, ScanRows], None]
 
@@ -108,14 +109,14 @@ class LayerMetrics(Metric):
         row: dict[str, Any] = {"image": scan.name, "subject": str(item.get("subject", ""))}
         row |= {"stratum": item["stratum"]} if item.get("stratum") else {}
         figures = layer_metrics([scan])
-        row["mae_px"] = _mean(
+        row["mae_px"] = known_mean(
             figures[f"{name}_mae_px"] for name in _BOUNDARIES if f"{name}_mae_px" in figures
         )
         row |= figures
         if item.get("label") is not None:
             confusion = _confusion(logits, item["label"])
             self._confusion += confusion
-            row["dice"] = _mean(dice_per_class(confusion).values())
+            row["dice"] = known_mean(dice_per_class(confusion).values())
         if self.compare_transition:
             original = layers_to_frame(original_extraction(logits), frame, shape)
             self._by_transition.append(_scan(item, original))
@@ -139,8 +140,8 @@ class LayerMetrics(Metric):
         found = evaluate_scans(self._scans)
         overall = found["overall"]
         dice = dice_per_class(self._confusion)
-        overall |= {"dice": _mean(dice.values()), **{f"dice_{k}": v for k, v in dice.items()}}
-        overall["coverage"] = _mean(overall[f"{name}_coverage"] for name in _BOUNDARIES)
+        overall |= {"dice": known_mean(dice.values()), **{f"dice_{k}": v for k, v in dice.items()}}
+        overall["coverage"] = known_mean(overall[f"{name}_coverage"] for name in _BOUNDARIES)
         overall["max_sigma_px"] = self._chosen_sigma()
         if self._by_transition:
             overall |= _transition_figures(evaluate_scans(self._by_transition)["overall"])
@@ -197,23 +198,6 @@ def layers_in_source(
     return layers_to_frame(extract_layers(logits, **settings), frame, source)
 
 
-def items_of(engine: Engine) -> list[dict[str, Any]]:
-    """Return the decollated items of an evaluator's iteration, batch and output merged."""
-    state: Any = engine.state
-    return [{**given, **made} for given, made in zip(state.batch, state.output, strict=True)]
-
-
-def column_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean of every column of numbers, over the rows in which it is one."""
-    means = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(key) for row in rows]
-        if any(isinstance(value, str | bool) for value in values):
-            continue
-        means[key] = _mean(math.nan if value is None else float(value) for value in values)
-    return means
-
-
 def _scan(item: Mapping[str, Any], layers: Layers) -> ScanRows:
     """Return extracted and annotated rows of one B-scan."""
     name = str(item.get("name", ""))
@@ -262,10 +246,4 @@ def _transition_figures(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _value(overall: Mapping[str, Any]) -> float:
-    return _mean(overall[f"{name}_mae_px"] for name in _BOUNDARIES)
-
-
-def _mean(values: Any) -> float:
-    """Return the mean of the numbers that are not NaN."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    return known_mean(overall[f"{name}_mae_px"] for name in _BOUNDARIES)

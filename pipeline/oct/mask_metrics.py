@@ -1,4 +1,4 @@
-"""Confusion, Dice and IoU of class masks, where the truth is known."""
+"""Confusion and Dice of class masks, where the truth is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 
-__all__ = ["CLASSES", "dice_per_class", "iou_per_class", "mask_confusion"]
+__all__ = ["CLASSES", "dice_per_class", "mask_confusion"]
 
 CLASSES = ("above_ilm", "retina", "below_bm")
 """Names of the classes 0, 1, 2."""
@@ -47,24 +47,8 @@ def mask_confusion(
 
 def dice_per_class(confusion: NDArray[np.integer]) -> dict[str, float]:
     """Return the Dice score of each class of `CLASSES`; NaN where neither mask has it."""
-    both, of_either = _overlap(confusion)
-    return _named(2 * both, of_either)
-
-
-def iou_per_class(confusion: NDArray[np.integer]) -> dict[str, float]:
-    """Return intersection over union of each class of `CLASSES`; NaN where neither mask has it."""
-    both, of_either = _overlap(confusion)
-    return _named(both, of_either - both)
-
-
-def _overlap(
-    confusion: NDArray[np.integer],
-) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    return np.diagonal(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
-
-
-def _named(part: NDArray[np.integer], whole: NDArray[np.integer]) -> dict[str, float]:
+    both, of_either = np.diagonal(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
     return {
-        name: float(part[index] / whole[index]) if whole[index] else float("nan")
+        name: float(2 * both[index] / of_either[index]) if of_either[index] else float("nan")
         for index, name in enumerate(CLASSES)
     }

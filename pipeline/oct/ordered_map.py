@@ -86,9 +86,9 @@ def _estimate(
             _mark_rows_that_count(
                 f, g, best, _NEGLIGIBLE / min(sharpness, 1.0), count, counts, busy
             )
-            upper = _moments_of_ilm(f, g, counts, busy, pair[0], best, sharpness, count)
-            lower = _moments_of_bm(f, g, counts, busy, pair[1], best, sharpness, count)
-            for boundary, sums in enumerate((upper, lower)):
+            ilm = _moments(g, f, True, counts, busy, pair[0], best, sharpness, count)
+            bm = _moments(f, g, False, counts, busy, pair[1], best, sharpness, count)
+            for boundary, sums in enumerate((ilm, bm)):
                 for x in range(count):
                     row = pair[boundary, x]
                     rows[boundary, image, start + x] = row
@@ -165,9 +165,10 @@ def _mark_rows_that_count(
 
 
 @compiled
-def _moments_of_bm(
-    f: Floats,
-    g: Floats,
+def _moments(
+    other: Floats,
+    own: Floats,
+    upward: bool,
     counts: NDArray[np.bool_],
     busy: NDArray[np.bool_],
     rows: NDArray[np.int64],
@@ -177,50 +178,25 @@ def _moments_of_bm(
 ) -> Floats:
     """Return sums `(5, _BLOCK)` over rows, about `rows`: three of the posterior, two of the local.
 
-    The posterior of y2 = h is `exp(g(h)) * sum of exp(f) over rows <= h`; `mass` is the latter in
-    units of its largest term, so that nothing overflows.
+    The posterior of y2 = h is `exp(g(h)) * sum of exp(f) over rows <= h`, that of y1 = h is
+    `exp(f(h)) * sum of exp(g) over rows >= h`: `own` and `other` are g and f, and f and g with rows
+    taken from below (`upward`). `mass` is the sum in units of its largest term, so that nothing
+    overflows.
     """
     sums = np.zeros((5, _BLOCK))
-    best_f = np.full(_BLOCK, -np.inf)
+    largest = np.full(_BLOCK, -np.inf)
     mass = np.zeros(_BLOCK)
-    for h in range(busy.size):
+    for step in range(busy.size):
+        h = busy.size - 1 - step if upward else step
         for x in range(count if busy[h] else 0):
             if not counts[h, x]:
                 continue
-            if f[h, x] > best_f[x]:
-                mass[x] = mass[x] * exp((best_f[x] - f[h, x]) * sharpness) + 1
-                best_f[x] = f[h, x]
+            if other[h, x] > largest[x]:
+                mass[x] = mass[x] * exp((largest[x] - other[h, x]) * sharpness) + 1
+                largest[x] = other[h, x]
             else:
-                mass[x] += exp((f[h, x] - best_f[x]) * sharpness)
-            _add(sums, x, h - rows[x], best_f[x] + g[h, x] - best[x], mass[x], sharpness)
-    return sums
-
-
-@compiled
-def _moments_of_ilm(
-    f: Floats,
-    g: Floats,
-    counts: NDArray[np.bool_],
-    busy: NDArray[np.bool_],
-    rows: NDArray[np.int64],
-    best: Floats,
-    sharpness: float,
-    count: int,
-) -> Floats:
-    """Return the sums of `_moments_of_bm` for y1: `exp(f(h)) * sum of exp(g) over rows >= h`."""
-    sums = np.zeros((5, _BLOCK))
-    best_g = np.full(_BLOCK, -np.inf)
-    mass = np.zeros(_BLOCK)
-    for h in range(busy.size - 1, -1, -1):
-        for x in range(count if busy[h] else 0):
-            if not counts[h, x]:
-                continue
-            if g[h, x] > best_g[x]:
-                mass[x] = mass[x] * exp((best_g[x] - g[h, x]) * sharpness) + 1
-                best_g[x] = g[h, x]
-            else:
-                mass[x] += exp((g[h, x] - best_g[x]) * sharpness)
-            _add(sums, x, h - rows[x], best_g[x] + f[h, x] - best[x], mass[x], sharpness)
+                mass[x] += exp((other[h, x] - largest[x]) * sharpness)
+            _add(sums, x, h - rows[x], largest[x] + own[h, x] - best[x], mass[x], sharpness)
     return sums
 
 

@@ -1,6 +1,6 @@
 """The estimates of `pipeline.oct.ordered_map` by torch, for logits that lie on a GPU.
 
-The same sums in the same precision, for any device; on a CPU it is some twenty times slower.
+The same sums in the same precision, for any device; on a CPU it is far slower.
 """
 
 from __future__ import annotations

@@ -5,26 +5,22 @@ They stand in for real data where there is none: in the demonstration, the tests
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import atomic_path, write_json
+from pipeline.data.atomic import atomic_path
+from pipeline.data.phantom_folders import draw_folder
 from pipeline.errors import ConfigurationError
 from pipeline.oct.phantom_anatomy import cut_section, draw_eye
 from pipeline.oct.phantom_render import bscan
 
-__all__ = ["MARKER_NAME", "OctPhantom", "oct_phantom", "write_phantom_dataset"]
+__all__ = ["OctPhantom", "oct_phantom", "write_phantom_dataset"]
 
-logger = logging.getLogger(__name__)
-
-MARKER_NAME = "phantom.json"
 SMALLEST_SIDE_PX = 64
 DEFAULT_COUNTS: Mapping[str, int] = {"train": 6, "val": 2, "test": 2}
 SPACING_MM = 0.24  # between neighbouring B-scans of an eye
@@ -129,7 +125,6 @@ def write_phantom_dataset(
         ConfigurationError: a setting is out of range, or the folder holds something else.
         ResourceError: the folder cannot be written.
     """
-    root = Path(directory)
     size = _checked_size(size_px)
     if (
         seed < 0
@@ -149,20 +144,14 @@ def write_phantom_dataset(
         "size_px": list(size),
         "seed": int(seed),
     }
-    if _is_complete(root, settings):
-        logger.info("%s: phantom data set found, with the same settings", root)
-        return root
-    _clear(root)
-    write_json(root / MARKER_NAME, {"complete": False, "settings": settings, "files": {}})
-    files: dict[str, int] = {}
-    for split in sorted(split for split in counts if counts[split]):
-        path = root / f"{split}.h5"
-        first = _FIRST_SUBJECT[split]
-        _write_subjects(path, range(first, first + counts[split]), bscans, size, seed)
-        files[path.name] = path.stat().st_size
-    write_json(root / MARKER_NAME, {"complete": True, "settings": settings, "files": files})
-    logger.info("%s: wrote phantoms of %d subjects", root, sum(counts.values()))
-    return root
+
+    def draw(root: Path) -> Iterator[Path]:
+        for split in sorted(split for split in counts if counts[split]):
+            first = _FIRST_SUBJECT[split]
+            subjects = range(first, first + counts[split])
+            yield _write_subjects(root / f"{split}.h5", subjects, bscans, size, seed)
+
+    return draw_folder(directory, settings, draw, [f"{split}.h5" for split in _FIRST_SUBJECT])
 
 
 def _checked_size(size_px: tuple[int, int]) -> tuple[int, int]:
@@ -203,8 +192,8 @@ def _leave_gaps(rng: np.random.Generator, annotated: NDArray[np.float64]) -> Non
 
 def _write_subjects(
     path: Path, subjects: range, bscans: int, size: tuple[int, int], seed: int
-) -> None:
-    """Write the B-scans of some subjects, one after the other, as one file."""
+) -> Path:
+    """Write the B-scans of some subjects, one after the other, as one file; return its path."""
     import h5py  # not needed to draw
 
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
@@ -235,46 +224,10 @@ def _write_subjects(
             layers["ILM"][index] = phantom.annotated_ilm
             layers["BM"][index] = phantom.annotated_bm
             names[index] = f"phantom{subject:03d}_{eye}_{k + 1}_{bscans}"
+    return path
 
 
 def _derived_seed(seed: int, subject: int, eye: str, *bscan_number: int) -> int:
     """Return the seed of an eye, or of one of its B-scans."""
     entropy = [seed, subject, _EYES.index(eye), *(k + 1 for k in bscan_number)]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-
-def _is_complete(root: Path, settings: Mapping[str, Any]) -> bool:
-    """Tell whether the marker is there with these settings and every file as long as it says."""
-    marker = _read_marker(root)
-    if not marker.get("complete") or marker.get("settings") != settings:
-        return False
-    sizes: Mapping[str, int] = marker["files"]
-    paths = {name: root / name for name in sizes}
-    return all(path.is_file() and path.stat().st_size == sizes[n] for n, path in paths.items())
-
-
-def _read_marker(root: Path) -> dict[str, Any]:
-    path = root / MARKER_NAME
-    if not path.is_file():
-        return {}
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{path}: not the marker of a phantom data set ({error}); choose another folder, "
-            "or delete this one"
-        ) from error
-    return marker if isinstance(marker, dict) else {}
-
-
-def _clear(root: Path) -> None:
-    """Delete the files of an earlier phantom data set; refuse a folder of anything else."""
-    if not root.exists():
-        return
-    if not root.is_dir() or (any(root.iterdir()) and not _read_marker(root)):
-        raise ConfigurationError(
-            f"{root}: holds no phantom data set (no {MARKER_NAME}) and is not empty; "
-            "choose another folder for the phantoms"
-        )
-    for split in _FIRST_SUBJECT:
-        (root / f"{split}.h5").unlink(missing_ok=True)

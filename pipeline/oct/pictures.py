@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.writers import write_png
-from pipeline.oct.tables import ETDRS_RADII_MM, PredictedRows, etdrs_grid, thickness_um
+from pipeline.oct.prediction_rows import PredictedRows
+from pipeline.oct.tables import ETDRS_RADII_MM, etdrs_grid, thickness_um
 from pipeline.oct.volume import OctVolume
 
 __all__ = ["bscan_picture", "thickness_picture", "write_overlay", "write_thickness_picture"]

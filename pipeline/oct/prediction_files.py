@@ -19,23 +19,13 @@ from pipeline.data.volume_source import named_errors
 from pipeline.errors import InputError
 from pipeline.oct.hdf5_bscans import Hdf5BScans, array_at, group_at
 from pipeline.oct.hdf5_files import stored_volume
-from pipeline.oct.prediction_tree import (
-    BOUNDARIES,
-    MAPS,
-    ROW_GROUPS,
-    PredictedRows,
-    StoredRows,
-    expected_array,
-    part_of,
-)
+from pipeline.oct.prediction_rows import PredictedRows, StoredRows, part_of
+from pipeline.oct.prediction_tree import BOUNDARIES, MAPS, ROW_GROUPS, expected_array
 from pipeline.oct.prediction_writer import PredictionWriter
 from pipeline.oct.volume import BScans, OctVolume
 
 __all__ = [
-    "PredictedRows",
-    "PredictionWriter",
     "StoredPredictions",
-    "StoredRows",
     "read_predictions",
     "write_predictions",
 ]

@@ -1,17 +1,13 @@
-"""What a run of predictions comes to, boundary by boundary, in a JSON file beside its HDF5 file."""
+"""What a run of predictions comes to, boundary by boundary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import write_json
-
-__all__ = ["LayerSummary", "write_inference_summary"]
+__all__ = ["LayerSummary"]
 
 
 class LayerSummary:
@@ -58,9 +54,3 @@ class LayerSummary:
             "max_row_px": self._highest if seen else None,
             "mean_sigma_px": self._sigma_sum / self._valid if seen else None,
         }
-
-
-def write_inference_summary(path: Path | str, summary: Mapping[str, Any]) -> Path:
-    """Write `inference_summary_<stem>.json` beside the HDF5 file `path`; return where."""
-    path = Path(path)
-    return write_json(path.with_name(f"inference_summary_{path.stem}.json"), summary)

@@ -15,14 +15,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import atomic_path, check_free_bytes
+from pipeline.data.atomic import atomic_path, check_free_bytes, write_json
 from pipeline.errors import ConfigurationError
-from pipeline.oct.prediction_summary import LayerSummary, write_inference_summary
+from pipeline.oct.prediction_rows import PredictedRows
+from pipeline.oct.prediction_summary import LayerSummary
 from pipeline.oct.prediction_tree import (
     BOUNDARIES,
     CONVENTIONS,
     MAPS,
-    PredictedRows,
     expected_array,
     row_arrays,
     storage,
@@ -40,8 +40,8 @@ _ATTRIBUTE_BYTES = 60_000  # HDF5 keeps an attribute in a header of 64 KiB
 class PredictionWriter:
     """Write the predictions for one volume as they come; use it in a `with` statement.
 
-    The file has its name once every B-scan is written, and never after an error. Beside it comes
-    `inference_summary_<stem>.json`.
+    The file has its name once every B-scan is written, and never after an error. A summary in JSON
+    follows it.
 
     Args:
         path: the HDF5 file.
@@ -51,6 +51,8 @@ class PredictionWriter:
         split: the part of the dataset, such as `test`.
         metadata: further attributes of `/metadata`; what is no scalar is written as text.
         timestamp: of the inference; now, by default.
+        summary_path: where the summary goes; by default `inference_summary_<stem>.json` beside
+            `path`.
 
     Raises:
         ConfigurationError: `path` is the file that the volume is read from.
@@ -67,8 +69,11 @@ class PredictionWriter:
         split: str = "",
         metadata: Mapping[str, Any] | None = None,
         timestamp: str | None = None,
+        summary_path: Path | str | None = None,
     ) -> None:
         self.path = Path(path)
+        beside = self.path.with_name(f"inference_summary_{self.path.stem}.json")
+        self.summary_path = beside if summary_path is None else Path(summary_path)
         self.volume = _consistent(volume)
         if self.path.resolve() == volume.path.resolve():
             raise ConfigurationError(
@@ -180,7 +185,7 @@ class PredictionWriter:
                     )
             finally:
                 self._file = None
-        write_inference_summary(self.path, self.summary())
+        write_json(self.summary_path, self.summary())
 
     def _write_given(self) -> None:
         """Write what is known before the first prediction."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,13 +14,13 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from pipeline.data.atomic import write_yaml
-from pipeline.data.writers import result_path
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.inference.batch import BatchRun
+from pipeline.inference.evaluation_tables import EvaluationFolder, column_means, items_of
+from pipeline.inference.stages import StageClock
 from pipeline.oct.bscan_loader import BScanLoader
 from pipeline.oct.coordinates import Layers
-from pipeline.oct.evaluation import LayerMetrics, column_means, items_of, layers_in_source
+from pipeline.oct.evaluation import LayerMetrics, layers_in_source
 from pipeline.oct.metrics import ScanRows
 from pipeline.oct.pictures import write_overlay, write_thickness_picture
 from pipeline.oct.pixel_maps import class_mask, confidence_map
@@ -93,14 +92,13 @@ class LayerWriter:
         self.architecture = architecture
         self.checkpoint = dict(checkpoint or {})
         self._file: _File | None = None
-        self._seconds: dict[str, float] = {}
-        self._since_s = time.perf_counter()
+        self._clock = StageClock()
         batch.closing.callback(self.close)
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine`, the evaluator."""
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._begin)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._lap, "read")
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, lambda: self._clock.lap("read"))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def close(self) -> None:
@@ -111,20 +109,14 @@ class LayerWriter:
             file.writer.__exit__(InputError, left, None)
 
     def _begin(self) -> None:
-        self._seconds = {}
-        self._since_s = time.perf_counter()
-
-    def _lap(self, stage: str) -> None:
-        now_s = time.perf_counter()
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + now_s - self._since_s
-        self._since_s = now_s
+        self._clock = StageClock()
 
     def _write(self, engine: Engine) -> None:
         items = items_of(engine)
         logits = torch.stack([item["pred"] for item in items])
         if logits.is_cuda:  # else extraction would be blamed for the network's time
             torch.cuda.synchronize(logits.device)
-        self._lap("network")
+        self._clock.lap("network")
         name = str(items[0]["name"])
         if self._file is None or self._file.name != name:
             self.close()
@@ -133,11 +125,11 @@ class LayerWriter:
         layers = layers_in_source(logits, self.extraction, shape[1:], file.volume.scale_y_um)
         masks = class_mask(logits) if self.save_masks else None
         confidence = confidence_map(logits) if self.save_masks else None
-        self._lap("extract")
+        self._clock.lap("extract")
         file.writer.append(layers, masks=masks, confidence=confidence)
         file.layers.append(layers)
-        self._lap("write")
-        file.add(self._seconds)
+        self._clock.lap("write")
+        file.clock.add(self._clock)
         if file.writer.written == shape[0]:
             self._finish(file, [int(side) for side in logits.shape[2:]])
 
@@ -155,6 +147,7 @@ class LayerWriter:
             model_path=self.batch.model_path or "",
             model_architecture=self.architecture,
             metadata={"bundle": self.batch.bundle, "extraction": self.extraction},
+            summary_path=paths["_inference_summary.json"],
         )
         writer.__enter__()
         return _File(name, volume, writer, paths)
@@ -167,12 +160,10 @@ class LayerWriter:
 
     def _finish(self, file: _File, frame: list[int]) -> None:
         """Write the rest, and record the file."""
-        since_s, volume, rows = time.perf_counter(), file.volume, file.rows()
+        volume, rows = file.volume, file.rows()
         pictures = self._pictures(file, rows)
         self._file = None
         file.writer.__exit__(None, None, None)
-        beside = file.paths[".h5"].with_name(f"inference_summary_{file.paths['.h5'].stem}.json")
-        beside.replace(file.paths["_inference_summary.json"])
         written: list[Path | None] = [file.paths[".h5"], file.paths["_inference_summary.json"]]
         writers = {".csv": write_rows, "_thickness.csv": write_thickness, "_etdrs.csv": write_etdrs}
         for suffix, write in writers.items():
@@ -182,7 +173,7 @@ class LayerWriter:
         if self.save_pictures and _is_raster(volume):
             path = self.batch.path(f"pictures/{file.name}", "_thickness.png")
             written.append(write_thickness_picture(path, volume, rows))
-        file.add({"write": time.perf_counter() - since_s})
+        file.clock.lap("write")
         self._record(file, rows, frame, [path for path in written if path is not None])
 
     def _pictures(self, file: _File, rows: Layers) -> dict[int, Path]:
@@ -200,7 +191,6 @@ class LayerWriter:
     def _record(self, file: _File, rows: Layers, frame: list[int], written: Sequence[Path]) -> None:
         volume = file.volume
         facts = layer_facts(volume, rows, self.least_valid, file.name)
-        seconds = {stage: round(spent_s, 3) for stage, spent_s in file.seconds.items()}
         details = {
             "shape": list(volume.bscans.shape),
             "source_dtype": str(volume.bscans.dtype),
@@ -211,7 +201,7 @@ class LayerWriter:
             "checkpoint": self.checkpoint,
             "extraction": self.extraction,
             **facts,
-            "seconds": seconds,
+            **file.clock.record(),
         }
         row = {key: value for key, value in facts.items() if key != "flagged_bscans"}
         row["flagged_bscans"] = len(facts["flagged_bscans"])
@@ -219,7 +209,7 @@ class LayerWriter:
             "%s: %d B-scans of %s; valid ILM %.1f %%, BM %.1f %%; %s",
             file.name, volume.bscans.shape[0], tuple(volume.bscans.shape[1:]),
             100 * facts["ilm_valid"], 100 * facts["bm_valid"],
-            ", ".join(f"{stage} {spent_s:.1f} s" for stage, spent_s in seconds.items()),
+            ", ".join(f"{stage} {spent_s:.1f} s" for stage, spent_s in file.clock.seconds.items()),
         )  # fmt: skip
         self.batch.record(file.name, list(written), row, details)
 
@@ -243,9 +233,8 @@ class EvaluationWriter:
         summary: Mapping[str, Any],
         save_predictions: bool = True,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.folder = EvaluationFolder(output_dir, summary)
         self.metrics = metrics
-        self.summary = dict(summary)
         self.save_predictions = save_predictions
         metrics.watch = self.watch
 
@@ -257,26 +246,19 @@ class EvaluationWriter:
         """Write rows and picture of one B-scan, over the grey values that the network saw."""
         volume = _as_volume(item, scan)
         if self.save_predictions:
-            path = result_path(scan.name, ".", self.output_dir / "predictions", ".csv")
-            write_rows(path, volume, layers)
-        write_overlay(
-            result_path(scan.name, ".", self.output_dir / "pictures", ".png"), volume, layers
-        )
+            write_rows(self.folder.prediction(scan.name, ".csv"), volume, layers)
+        write_overlay(self.folder.picture(scan.name), volume, layers)
 
     def write(self) -> None:
         """Write the tables."""
-        rows, figures = self.metrics.per_image, self.metrics.figures()
-        write_yaml(self.output_dir / "per_image_metrics.yaml", rows)
-        content = {
-            **self.summary,
-            "num_test_images": len(rows),
-            "max_sigma_px": self.metrics.extraction.get("max_sigma_px"),
-            "extraction": self.metrics.extraction,
+        rows, extraction = self.metrics.per_image, self.metrics.extraction
+        figures = {
+            "max_sigma_px": extraction.get("max_sigma_px"),
+            "extraction": extraction,
             "average_metrics": column_means(rows),
-            "overall": figures["overall"],
-            "per_subject": figures["per_subject"],
+            **self.metrics.figures(),
         }
-        write_yaml(self.output_dir / "test_metrics.yaml", content)
+        self.folder.write_tables(rows, figures)
 
 
 @dataclass
@@ -288,11 +270,7 @@ class _File:
     writer: PredictionWriter
     paths: Mapping[str, Path]
     layers: list[Layers] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        for stage, spent_s in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
+    clock: StageClock = field(default_factory=StageClock)
 
     def rows(self) -> Layers:
         names = [entry.name for entry in fields(Layers)]

@@ -6,19 +6,19 @@ import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.atomic import atomic_path, write_csv
 from pipeline.oct.heyex_vol import FIRST_BSCAN_NOTES
+from pipeline.oct.prediction_rows import PredictedRows
 from pipeline.oct.volume import OctVolume
 
 __all__ = [
     "ETDRS_RADII_MM",
     "EtdrsGrid",
-    "PredictedRows",
     "etdrs_grid",
     "etdrs_means",
     "thickness_um",
@@ -33,34 +33,6 @@ CENTRE = "centre of the scan, not the fovea"
 _UNKNOWN_SIDES = {"up": "first", "down": "last", "right": "right", "left": "left"}
 _RINGS = ("inner", "outer")
 _QUARTERS = ("right", "up", "left", "down")  # in steps of 90 degrees against the clock
-
-
-class PredictedRows(Protocol):
-    """Predicted boundaries in the original frame, each `(N, W)`: rows, their sigma, validity."""
-
-    @property
-    def ilm_px(self) -> NDArray[np.floating]:
-        """Rows of the ILM."""
-
-    @property
-    def bm_px(self) -> NDArray[np.floating]:
-        """Rows of Bruch's membrane."""
-
-    @property
-    def ilm_sigma_px(self) -> NDArray[np.floating]:
-        """Standard deviation of each row of the ILM."""
-
-    @property
-    def bm_sigma_px(self) -> NDArray[np.floating]:
-        """Standard deviation of each row of Bruch's membrane."""
-
-    @property
-    def ilm_valid(self) -> NDArray[np.bool_]:
-        """Where the ILM is to be trusted."""
-
-    @property
-    def bm_valid(self) -> NDArray[np.bool_]:
-        """Where Bruch's membrane is to be trusted."""
 
 
 @dataclass(frozen=True)

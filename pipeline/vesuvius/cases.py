@@ -31,6 +31,8 @@ def training_cases(
     phantom_seed: int = 0,
     intensities: FileConstants | None = None,
     places: FileConstants | None = None,
+    verify: bool = True,
+    follow_symlinks: bool = False,
 ) -> Cases:
     """Find, check and split the volumes of a training or evaluation run.
 
@@ -46,6 +48,8 @@ def training_cases(
         intensities: the volumes' `percentile_cache`, which is filled; None does not look at grey
             values.
         places: the labels' `class_index_cache`, likewise.
+        verify: where the manifest records checksums, refuse files that have changed.
+        follow_symlinks: accept links that lead out of `dataset_dir`.
 
     Raises:
         InputErrors: files are missing, unreadable or do not fit; all are listed.
@@ -56,7 +60,9 @@ def training_cases(
         facts.append("no dataset_dir: training on the PHANTOM (drawn scrolls, not real ones)")
         logger.warning(facts[0])
     described = load_manifest(manifest)
-    samples = find_samples(described, Path(dataset_dir))
+    samples = find_samples(
+        described, Path(dataset_dir), verify=verify, follow_symlinks=follow_symlinks
+    )
     if intensities is not None or places is not None:
         logger.info("looking at all values of %d volumes, which is done once", len(samples))
     if problems := _problems(samples, intensities, places):

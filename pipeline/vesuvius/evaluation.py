@@ -12,11 +12,12 @@ from ignite.metrics import Metric
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.inference.evaluation_tables import column_means, items_of
 from pipeline.vesuvius.metrics import surface_dice, surface_score, variation_of_information
 from pipeline.vesuvius.topology import PostProcess
 from pipeline.vesuvius.transforms import IGNORE_LABEL
 
-__all__ = ["THRESHOLDS", "SurfaceMetrics", "column_means", "items_of", "score_row"]
+__all__ = ["THRESHOLDS", "SurfaceMetrics", "score_row"]
 
 _COMPARED = ("score", "topology", "surface_dice", "voi_score")  # beside the threshold alone
 
@@ -97,11 +98,7 @@ class SurfaceMetrics(Metric):
     def compute(self) -> float:
         """Return the mean over the volumes seen."""
         if self.given_threshold is not None:
-            scores = [row["score"] for row in self.per_image]
-            known = [score for score in scores if score is not None]
-            return (
-                math.fsum(known) / len(known) if len(known) == len(scores) and known else math.nan
-            )
+            return column_means(self.per_image, complete=True).get("score", math.nan)
         means = {t: column_means(rows) for t, rows in self._by_threshold.items() if rows}
         if not means:
             return math.nan
@@ -113,7 +110,7 @@ class SurfaceMetrics(Metric):
         value = self.compute()  # chooses the threshold
         prefix = name.rsplit("_", 1)[0]
         rows = self.per_image or self._by_threshold.get(self.threshold, [])
-        for key, mean in column_means(rows).items():
+        for key, mean in column_means(rows, complete=True).items():
             engine.state.metrics[f"{prefix}_{key}"] = mean
         engine.state.metrics[name] = value
         engine.state.metrics["threshold"] = self.threshold
@@ -146,12 +143,6 @@ def score_row(
     )
 
 
-def items_of(engine: Engine) -> list[dict[str, Any]]:
-    """Return the decollated items of an evaluator's iteration, batch and output merged."""
-    state: Any = engine.state
-    return [{**given, **made} for given, made in zip(state.batch, state.output, strict=True)]
-
-
 def _cheap(mask: NDArray[np.bool_], label: NDArray[np.uint8], tolerance: float) -> dict[str, float]:
     dice = surface_dice(mask, label, tolerance, IGNORE_LABEL)
     voi = variation_of_information(mask, label, IGNORE_LABEL)["voi_score"]
@@ -164,17 +155,6 @@ def _dice(mask: NDArray[Any], label: NDArray[np.uint8]) -> float:
     predicted, truth = (mask > 0) & labelled, label == 1
     total = int(predicted.sum()) + int(truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0
-
-
-def column_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean of every column of numbers."""
-    means = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(key) for row in rows]
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if numbers and len(numbers) == len(values):
-            means[key] = math.fsum(numbers) / len(numbers)
-    return means
 
 
 def _volume(value: Tensor | NDArray[Any], dtype: Any) -> NDArray[Any]:

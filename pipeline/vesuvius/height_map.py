@@ -26,6 +26,7 @@ def interpolate_gaps(
     max_patch: int = 64,
     block: int = 32,
     max_bend: float = 0.9,
+    min_probability: float = 0.0,
 ) -> NDArray[np.bool_]:
     """Close holes of the 26-connected sheets of `mask` `(D, H, W)` by height maps.
 
@@ -40,6 +41,7 @@ def interpolate_gaps(
         block: side of the blocks in voxels; they overlap by half, so that a gap up to half of it is
             seen whole.
         max_bend: see `patches.PatchLimits`.
+        min_probability: of every voxel that is filled; a gap with less in it is a tear.
 
     Raises:
         ConfigurationError: `block` is below 8.
@@ -50,6 +52,8 @@ def interpolate_gaps(
     owner, body = _interpolated(labels, block, max_patch)
     padded = np.pad(labels, 1)
     candidates = (owner != 0) & ~mask
+    if probability is not None:
+        candidates &= probability >= min_probability
     group_of = np.arange(int(labels.max(initial=0)) + 1, dtype=np.int32)
     limits = PatchLimits(2 * max_patch, max_bend)  # a slanted gap has more voxels than pixels
     fill_tunnels_with(padded, candidates, owner[candidates], group_of, probability, limits, body)

@@ -17,18 +17,18 @@ from pipeline.data.budget import decoded_limit_bytes
 from pipeline.data.volume_pieces import flat_pieces
 from pipeline.data.volume_statistics import intensity_fault, intensity_percentiles
 from pipeline.data.volumes import Volume, open_volume
-from pipeline.data.writers import result_path, write_png
+from pipeline.data.writers import write_png
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.inference.accepted import AcceptedLoader
 from pipeline.inference.batch import BatchRun
 from pipeline.inference.finishing import Finish
 from pipeline.inference.sidecars import path_sha256
 from pipeline.inference.sliding_window import SlidingWindow
+from pipeline.inference.stages import StageClock
 from pipeline.inference.streaming import StreamResult, VolumeStream
 from pipeline.vesuvius.geometry import VoxelSize
 from pipeline.vesuvius.pictures import three_planes
 from pipeline.vesuvius.result_facts import foreground_facts
-from pipeline.vesuvius.stages import StageClock
 
 __all__ = ["StreamedOnTheWay"]
 
@@ -176,7 +176,7 @@ class StreamedOnTheWay:
         z, y, x = (slice(start, start + _SHOWN) for start in starts)
         image = volume[z, y, x].reshape(result[z, y, x].shape).astype(np.float32)
         mask = self._mask(result[z, y, x])
-        path = result_path(name, ".", self.batch.output_dir / "pictures", ".png")
+        path = self.batch.path(f"pictures/{name}", ".png")
         return write_png(path, three_planes(image, mask, mask.astype(np.uint8)))
 
 

@@ -34,7 +34,6 @@ BACKGROUND, FOREGROUND, CANDIDATE, ADDED = 0, 1, 2, 3
 """States of a voxel while a mask is changed."""
 
 _STEPS = np.array(list(product((-1, 0, 1), repeat=3)), np.int64)
-_CENTRE = 13
 _OFFSETS = np.abs(_STEPS[:, None] - _STEPS[None]).astype(np.int64)
 _REACH = np.abs(_STEPS).sum(1)
 

@@ -99,7 +99,8 @@ def fill_tunnels_with(
     closed = _closing_a_cavity(state, labels, core, patch)
     state.ravel()[core[closed]] = BACKGROUND
     core = core[~closed]
-    labels.ravel()[core] = _owner(labels, core, patch[~closed])
+    patch = patch[~closed]
+    labels.ravel()[core] = _owners(labels, core, patch, int(patch.max(initial=0)))[patch]
     before = np.count_nonzero(state)
     if body is not None:
         places = places[body.ravel()[_unpadded(places, state.shape)]]
@@ -159,14 +160,7 @@ def _closing_a_cavity(
     origin = np.where(cavity, before.ravel()[first], 0)
     new = cavity & ~enclosed(before, earlier)[origin]
     new |= cavity & (np.bincount(origin, minlength=earlier + 1)[origin] > 1)
-    return _of_patches_beside(np.pad(after, 1), new, core, patch)
-
-
-def _owner(
-    labels: NDArray[np.int32], core: NDArray[np.int64], patch: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    """Return the component that the patch of each voxel of `core` touches."""
-    return _owners(labels, core, patch, int(patch.max(initial=0)))
+    return np.asarray(_patches_beside(np.pad(after, 1), new, core, patch)[patch])
 
 
 def _unpadded(places: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
@@ -288,13 +282,13 @@ def _first_voxels(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
 
 
 @compiled
-def _of_patches_beside(
+def _patches_beside(
     background: NDArray[np.int32],
     chosen: NDArray[np.bool_],
     places: NDArray[np.int64],
     patch: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Return which places are of a patch that touches a chosen piece of background."""
+    """Return by patch whether it touches a chosen piece of background."""
     row, plane = background.shape[2], background.shape[1] * background.shape[2]
     flat = background.ravel()
     beside = np.zeros(patch.max() + 1, np.bool_)
@@ -303,10 +297,7 @@ def _of_patches_beside(
             for y in (-row, 0, row):
                 for x in (-1, 0, 1):
                     beside[patch[entry]] |= chosen[flat[places[entry] + z + y + x]]
-    result = np.zeros(places.size, np.bool_)
-    for entry in range(places.size):
-        result[entry] = beside[patch[entry]]
-    return result
+    return beside
 
 
 @compiled
@@ -316,6 +307,7 @@ def _owners(
     patch: NDArray[np.int64],
     count: int,
 ) -> NDArray[np.int32]:
+    """Return by patch the component that it touches."""
     row, plane = labels.shape[2], labels.shape[1] * labels.shape[2]
     flat = labels.ravel()
     owner = np.zeros(count + 1, np.int32)
@@ -326,7 +318,4 @@ def _owners(
                     label = flat[places[entry] + z + y + x]
                     if label != 0:
                         owner[patch[entry]] = label
-    result = np.zeros(places.size, np.int32)
-    for entry in range(places.size):
-        result[entry] = owner[patch[entry]]
-    return result
+    return owner

@@ -5,18 +5,16 @@ They stand in for real data where there is none: in the demonstration, the tests
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.data.atomic import write_csv, write_json
+from pipeline.data.atomic import write_csv
+from pipeline.data.phantom_folders import draw_folder
 from pipeline.data.writers import write_tiff
 from pipeline.errors import ConfigurationError
 from pipeline.vesuvius.phantom_difficulty import difficulty_named
@@ -27,19 +25,15 @@ from pipeline.vesuvius.phantom_texture import tomogram
 __all__ = [
     "FRAME_VX",
     "IGNORED",
-    "MARKER_NAME",
     "ScrollPhantom",
     "scroll_phantom",
     "write_phantom_dataset",
 ]
 
-logger = logging.getLogger(__name__)
-
 FRAME_VX = 3  # not labelled on each face, as in the competition
 IGNORED = 2
 SMALLEST_SIDE_VX = 32
 SMALLEST_PIECE_VX = 30  # less than that of a torn or cut off sheet is debris, not surface
-MARKER_NAME = "phantom.json"
 VOLUMES_PER_SCROLL = 2
 DEFAULT_COUNTS: Mapping[str, int] = {"train": 9, "val": 3, "test": 3}
 MIXED = "mixed"
@@ -157,7 +151,6 @@ def write_phantom_dataset(
         ConfigurationError: a setting is out of range, or the folder holds something else.
         ResourceError: the folder cannot be written.
     """
-    root = Path(directory)
     size = _checked_size((size_vx,) * 3 if isinstance(size_vx, int) else size_vx)
     if difficulty != MIXED:
         difficulty_named(difficulty)
@@ -173,26 +166,19 @@ def write_phantom_dataset(
         "difficulty": difficulty,
         "seed": int(seed),
     }
-    if _is_complete(root, settings):
-        logger.info("%s: phantom data set found, with the same settings", root)
-        return root
-    _clear(root)
-    write_json(root / MARKER_NAME, {"complete": False, "settings": settings, "files": {}})
-    paths = []
-    for split, index in [(name, i) for name in sorted(counts) for i in range(counts[name])]:
-        level = _MIXTURE[index % len(_MIXTURE)] if difficulty == MIXED else difficulty
-        phantom = scroll_phantom(_volume_seed(seed, split, index), size, level)
-        name = f"{_volume_id(split, index)}.tif"
-        images, labels = (root / f"{_FOLDERS[split]}_{kind}" for kind in ("images", "labels"))
-        paths += [
-            write_tiff(images / name, phantom.image),
-            write_tiff(labels / name, phantom.label),
-        ]
-    paths += _write_tables(root, counts)
-    files = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
-    write_json(root / MARKER_NAME, {"complete": True, "settings": settings, "files": files})
-    logger.info("%s: wrote %d phantoms", root, sum(counts.values()))
-    return root
+
+    def draw(root: Path) -> Iterator[Path]:
+        for split, index in [(name, i) for name in sorted(counts) for i in range(counts[name])]:
+            level = _MIXTURE[index % len(_MIXTURE)] if difficulty == MIXED else difficulty
+            phantom = scroll_phantom(_volume_seed(seed, split, index), size, level)
+            name = f"{_volume_id(split, index)}.tif"
+            yield write_tiff(root / f"{_FOLDERS[split]}_images" / name, phantom.image)
+            yield write_tiff(root / f"{_FOLDERS[split]}_labels" / name, phantom.label)
+        yield from _write_tables(root, counts)
+
+    return draw_folder(
+        directory, settings, draw, ("*/phantom_*_[0-9]*.tif", "train.csv", "test.csv")
+    )
 
 
 def _checked_size(size_vx: tuple[int, ...]) -> tuple[int, int, int]:
@@ -257,40 +243,3 @@ def _write_tables(root: Path, counts: Mapping[str, int]) -> list[Path]:
         ]
         paths.append(write_csv(root / f"{folder}.csv", rows, ("id", "scroll_id")))
     return paths
-
-
-def _is_complete(root: Path, settings: Mapping[str, Any]) -> bool:
-    """Tell whether the marker is there with these settings and every file as long as it says."""
-    marker = _read_marker(root)
-    if not marker.get("complete") or marker.get("settings") != settings:
-        return False
-    sizes: Mapping[str, int] = marker["files"]
-    paths = {name: root / name for name in sizes}
-    return all(path.is_file() and path.stat().st_size == sizes[n] for n, path in paths.items())
-
-
-def _read_marker(root: Path) -> dict[str, Any]:
-    path = root / MARKER_NAME
-    if not path.is_file():
-        return {}
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{path}: not the marker of a phantom data set ({error}); choose another folder, "
-            "or delete this one"
-        ) from error
-    return marker if isinstance(marker, dict) else {}
-
-
-def _clear(root: Path) -> None:
-    """Delete the volumes of an earlier phantom data set; refuse a folder of anything else."""
-    if not root.exists():
-        return
-    if not root.is_dir() or (any(root.iterdir()) and not _read_marker(root)):
-        raise ConfigurationError(
-            f"{root}: holds no phantom data set (no {MARKER_NAME}) and is not empty; "
-            "choose another folder for the phantoms"
-        )
-    for path in [*root.glob("*/phantom_*_[0-9]*.tif"), root / "train.csv", root / "test.csv"]:
-        path.unlink(missing_ok=True)

@@ -12,13 +12,15 @@ import psutil
 from pipeline.data.budget import available_bytes, decoded_limit_bytes
 from pipeline.data.volumes import Volume, open_volume
 from pipeline.errors import ConfigurationError
-from pipeline.vesuvius.stages import StageClock
+from pipeline.inference.stages import StageClock
 
 __all__ = ["ReadVolume", "Stream", "is_streamed"]
 
 Stream = bool | Literal["auto"]
 
-_BYTES_PER_VOXEL = 40  # at the peak of network and repair, beside the volume itself; measured
+# At the peak of network and repair, beside the volume itself; benchmarks/surface_end_to_end.py
+# prints the peak of each stage.
+_BYTES_PER_VOXEL = 40
 
 
 class ReadVolume:

@@ -77,6 +77,7 @@ def default_steps(
     kernel_size: float = 0,
     separate_instances: bool = False,
     frame: int = 3,
+    hole_evidence: float = 0.25,
 ) -> list[dict[str, Any]]:
     """Return the chain of the default recipe.
 
@@ -89,8 +90,11 @@ def default_steps(
         kernel_size: radius in voxels by which each sheet is closed on its own; 0 leaves that out.
         separate_instances: cut components that are several sheets.
         frame: voxels cleared at every face: training labels have no sheet there.
+        hole_evidence: share of the threshold that the probability has to reach in what fills a
+            hole; where it is lower, the sheet is taken to be torn. 0 fills whatever can be filled.
     """
     high = (1 + threshold) / 2 if high_threshold is None else high_threshold
+    least = hole_evidence * threshold
     small = {"name": "remove_small_components", "min_component_size": min_component_size}
     steps = [
         {"name": "hysteresis", "low": threshold, "high": high},
@@ -104,8 +108,8 @@ def default_steps(
     return [
         *steps,
         {"name": "plug_diagonals"},
-        {"name": "fill_tunnels"},
-        {"name": "interpolate_gaps"},
+        {"name": "fill_tunnels", "min_probability": least},
+        {"name": "interpolate_gaps", "min_probability": least},
         {"name": "fill_cavities", "max_hole_size": max_hole_size},
     ]
 

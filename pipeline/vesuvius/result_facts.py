@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.vesuvius.member_agreement import IDENTICAL
-from pipeline.vesuvius.topology import PLAUSIBLE_FOREGROUND
 
 __all__ = ["foreground_facts", "log_facts"]
 
 logger = logging.getLogger(__name__)
+
+# The share of the voxels that sheets take; outside of it, something is wrong with the prediction.
+_PLAUSIBLE_FOREGROUND = (0.001, 0.4)
 
 
 def foreground_facts(
@@ -29,7 +31,7 @@ def foreground_facts(
         `foreground`, `background`, `foreground_percent`, `member_difference` where it is known, and
         `warnings`: a list of sentences, usually empty.
     """
-    share, (least, most) = foreground / voxels, PLAUSIBLE_FOREGROUND
+    share, (least, most) = foreground / voxels, _PLAUSIBLE_FOREGROUND
     warnings = []
     if not least <= share <= most:
         warnings.append(

@@ -12,11 +12,13 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.data.atomic import write_yaml
-from pipeline.data.writers import result_path, write_png, write_tiff
+from pipeline.data.atomic import whole_folder
+from pipeline.data.writers import write_png, write_tiff
 from pipeline.inference.batch import BatchRun
 from pipeline.inference.ensembles import Ensemble
-from pipeline.vesuvius.evaluation import SurfaceMetrics, column_means, items_of
+from pipeline.inference.evaluation_tables import EvaluationFolder, column_means, items_of
+from pipeline.inference.stages import StageClock
+from pipeline.vesuvius.evaluation import SurfaceMetrics
 from pipeline.vesuvius.geometry import VoxelSize, voxel_size
 from pipeline.vesuvius.member_agreement import member_difference
 from pipeline.vesuvius.pictures import three_planes
@@ -24,11 +26,10 @@ from pipeline.vesuvius.result_facts import foreground_facts, log_facts
 from pipeline.vesuvius.sheet_maps import sheet_map, write_sheet_map
 from pipeline.vesuvius.sheet_measures import largest_sheets, sheet_facts
 from pipeline.vesuvius.sheet_meshes import sheet_mesh, write_ply
-from pipeline.vesuvius.stages import StageClock
 from pipeline.vesuvius.topology import PostProcess, Repaired
-from pipeline.vesuvius.whole_results import whole_folder, write_ome_zarr
+from pipeline.vesuvius.whole_results import write_ome_zarr
 
-__all__ = ["EvaluationWriter", "SurfaceWriter", "sheet_facts", "three_planes"]
+__all__ = ["EvaluationWriter", "SurfaceWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class SurfaceWriter:
         clock.lap("measure")
         written = self._write_volumes(name, probability, repaired.mask, sheets, size)
         written += self._write_sheets(name, sheets, size)
-        written.append(result_path(name, ".", self.batch.output_dir / "pictures", ".png"))
+        written.append(self.batch.path(f"pictures/{name}", ".png"))
         before = probability >= self.threshold
         write_png(written[-1], three_planes(image, before, repaired.mask))
         clock.lap("write")
@@ -214,9 +215,8 @@ class EvaluationWriter:
         summary: Mapping[str, Any],
         save_predictions: bool = True,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.folder = EvaluationFolder(output_dir, summary)
         self.metrics = metrics
-        self.summary = dict(summary)
         self.save_predictions = save_predictions
         metrics.watch = self.watch
 
@@ -230,22 +230,16 @@ class EvaluationWriter:
         """Write the mask and the picture of one volume."""
         name = str(item["name"])
         if self.save_predictions:
-            write_tiff(result_path(name, ".", self.output_dir / "predictions", ".tif"), mask)
+            write_tiff(self.folder.prediction(name, ".tif"), mask)
         image, label = (np.asarray(item[key].cpu())[0] for key in ("image", "label"))
-        picture = three_planes(image, cut, mask, label)
-        write_png(result_path(name, ".", self.output_dir / "pictures", ".png"), picture)
+        write_png(self.folder.picture(name), three_planes(image, cut, mask, label))
 
     def write(self) -> None:
         """Write the tables."""
         rows = self.metrics.per_image
-        write_yaml(self.output_dir / "per_image_metrics.yaml", rows)
-        content = {
-            **self.summary,
-            "num_test_images": len(rows),
-            "threshold": self.metrics.threshold,
-            "average_metrics": column_means(rows),
-        }
-        write_yaml(self.output_dir / "test_metrics.yaml", content)
+        means = column_means(rows, complete=True)
+        figures = {"threshold": self.metrics.threshold, "average_metrics": means}
+        self.folder.write_tables(rows, figures)
 
 
 def _origin(box: Sequence[slice]) -> tuple[int, ...]:

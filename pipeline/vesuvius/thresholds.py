@@ -19,10 +19,11 @@ from torch import nn
 
 from pipeline.data.atomic import write_yaml
 from pipeline.errors import InputError
+from pipeline.inference.evaluation_tables import column_means
 from pipeline.training.checkpoints import load_weights, read_checkpoint, write_checkpoint
 from pipeline.training.interruption import Interruption
 from pipeline.training.processes import is_writer
-from pipeline.vesuvius.evaluation import column_means, score_row
+from pipeline.vesuvius.evaluation import score_row
 from pipeline.vesuvius.topology import PostProcess
 
 __all__ = ["settle_threshold"]
@@ -44,8 +45,9 @@ def settle_threshold(
     """Choose the threshold of `best.pt` and `swa.pt` by the whole score of repaired surfaces.
 
     The last step of a training run. Writes the threshold and its `metrics` into the checkpoints,
-    and the scores of all thresholds to `threshold_scores.yaml` beside the folder. Of several
-    processes the first works; a signal ends it between two volumes.
+    and the scores of all thresholds to `threshold_scores.yaml` beside the folder. A threshold with
+    which the topology of a volume is not counted exactly, which takes very many tunnels, is not
+    chosen. Of several processes the first works; a signal ends it between two volumes.
 
     Args:
         folder: holds the checkpoints.
@@ -71,8 +73,15 @@ def settle_threshold(
         load_weights(network, content, path)
         looked_at = [volumes[index] for index in range(min(len(volumes), most_volumes))]
         rows = _score(network, inferer, looked_at, repairs)
-        means = {t: column_means([row[t] for row in rows]) for t in repairs}
-        chosen = max(means, key=lambda t: means[t]["score"])
+        means = {t: column_means([row[t] for row in rows], complete=True) for t in repairs}
+        known = [t for t in means if "score" in means[t]]
+        if not known:
+            logger.warning(
+                "%s: threshold %g stays: with none of the others could the topology of all %d "
+                "volumes be counted exactly", path.name, content["threshold"], len(rows),
+            )  # fmt: skip
+            continue
+        chosen = max(known, key=lambda t: means[t]["score"])
         logger.info(
             "%s: threshold %g, by the score after repair %.4f of %d volumes (%g by validation)",
             path.name, chosen, means[chosen]["score"], len(rows), content["threshold"],
@@ -84,7 +93,7 @@ def settle_threshold(
             "threshold": chosen,
             "volumes": len(rows),
             "repair": dict(repair),
-            "scores": {str(t): {part: means[t][part] for part in _PARTS} for t in means},
+            "scores": {str(t): {part: means[t].get(part) for part in _PARTS} for t in means},
         }
     write_yaml(Path(folder).parent / "threshold_scores.yaml", report)
 

@@ -9,7 +9,6 @@ steps, each `{"name": ..., setting: value, ...}`.
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -26,22 +25,11 @@ from pipeline.vesuvius.betti_numbers import (
 )
 from pipeline.vesuvius.recipes import STEPS, complete_steps, recipe_steps
 
-__all__ = [
-    "PLAUSIBLE_FOREGROUND",
-    "PostProcess",
-    "Repaired",
-    "postprocess",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["PostProcess", "Repaired", "postprocess"]
 
 Mask = NDArray[np.bool_]
 Probability = NDArray[np.float32]
 Step = Mapping[str, Any]
-
-PLAUSIBLE_FOREGROUND = (0.001, 0.4)
-"""Share of the voxels that sheets take; outside of it, something is wrong with the prediction."""
-
 
 _NOTHING = {"6": [0, 0, 0], "26": [0, 0, 0]}
 
@@ -123,7 +111,6 @@ class PostProcess:
                 betti = _betti(mask)
                 entry["betti_after"] = betti
             record.append(entry)
-        _warn_if_implausible(mask)
         return Repaired(mask.view(np.uint8), record)
 
     def _counted(self, index: int) -> bool:
@@ -178,15 +165,3 @@ def _as_probability(probability: NDArray[Any]) -> Probability:
             f"probability runs from {low:g} to {high:g}; expected 0 to 1: apply the activation once"
         )
     return np.ascontiguousarray(values, np.float32)
-
-
-def _warn_if_implausible(mask: Mask) -> None:
-    share = np.count_nonzero(mask) / mask.size
-    least, most = PLAUSIBLE_FOREGROUND
-    if not least <= share <= most:
-        logger.warning(
-            "%.2f %% of the volume is surface, expected %g to %g: check activation and threshold",
-            100 * share,
-            100 * least,
-            100 * most,
-        )

@@ -22,6 +22,7 @@ def fill_tunnels(
     radii: Sequence[float] = (2.5, 4.5),
     max_patch: int = 64,
     max_bend: float = 0.9,
+    min_probability: float = 0.0,
 ) -> NDArray[np.bool_]:
     """Close tunnels of each 26-connected sheet of `mask` `(D, H, W)`.
 
@@ -37,6 +38,7 @@ def fill_tunnels(
             passes the hole. Halves make balls with blunt tips, which do not dip into small holes.
         max_patch: the most voxels of a membrane.
         max_bend: 0 fills holes of perfect planes alone, 1 any; see `patches.PatchLimits`.
+        min_probability: of every voxel that is filled; a hole with less in it is a tear.
     """
     labels, count = label_components(mask, 26)
     padded = np.pad(labels, 1)
@@ -47,6 +49,8 @@ def fill_tunnels(
         for colour in range(1, int(colours.max(initial=0)) + 1):
             sheets = of_colour(labels, colours, colour)
             candidates = close(sheets, radius) & (padded[1:-1, 1:-1, 1:-1] == 0)
+            if probability is not None:
+                candidates &= probability >= min_probability
             groups = np.full(np.count_nonzero(candidates), colour, np.int32)
             fill_tunnels_with(
                 padded, candidates, groups, colours.astype(np.int32), probability, limits

@@ -1,56 +1,20 @@
-"""Results that are folders, under their final name only once they are whole."""
+"""Volumes as OME-Zarr, under their final name only once they are whole."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.data.atomic import resource_errors, sync_folder
+from pipeline.data.atomic import whole_folder
 from pipeline.data.ome_zarr import build_levels, create_ome_zarr
 from pipeline.vesuvius.geometry import VoxelSize
 
-__all__ = ["whole_folder", "write_ome_zarr"]
+__all__ = ["write_ome_zarr"]
 
 _CHUNK = 128  # voxels along an axis
-
-
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """Give a new folder to fill and move it to `final`, in place of what is there.
-
-    What a killed run left is removed by the next one for the same result.
-
-    Args:
-        final: where the folder belongs.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        ResourceError: the disk is full, or the folder cannot be written.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    old = final.with_name(f".{final.name}.removed")
-    with resource_errors(final):
-        for left in (partial, old):
-            if left.exists():
-                shutil.rmtree(left)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if final.exists():
-            final.replace(old)
-        partial.replace(final)
-        sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_ome_zarr(

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigurationError
 from pipeline.fundus.networks.layers import (
-    AnySizeNetwork,
     FinalActivation,
     Norm,
     ResidualConv,
-    check_depths,
+    VesselNetwork,
     merge_conv,
 )
+from pipeline.training.any_size import positive_widths
 
 __all__ = ["RoiNet"]
 
 
-class RoiNet(AnySizeNetwork):
+class RoiNet(VesselNetwork):
     """Segment at a quarter of the resolution at least, with large residual convolutions.
 
     The defaults have 30,718,016 parameters and cost about 18 times the multiplications of the
@@ -59,7 +59,7 @@ class RoiNet(AnySizeNetwork):
         norm: Norm = "batch",
         final_activation: FinalActivation = "none",
     ) -> None:
-        widths = check_depths(depths, "six positive widths", valid=len(depths) == 6)
+        widths = positive_widths("depths", depths, levels=6)
         if widths[3] % 2 or widths[4] % 2:
             raise ConfigurationError(
                 f"depths must be even in the fourth and fifth place, got {list(widths)!r}"

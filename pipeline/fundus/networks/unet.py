@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.fundus.networks.layers import (
-    AnySizeNetwork,
-    DoubleConv,
-    FinalActivation,
-    Norm,
-    check_depths,
-)
+from pipeline.fundus.networks.layers import DoubleConv, FinalActivation, Norm, VesselNetwork
+from pipeline.training.any_size import positive_widths
 
 __all__ = ["UNet"]
 
 
-class UNet(AnySizeNetwork):
+class UNet(VesselNetwork):
     """Segment by an encoder and a decoder joined by skips at every level.
 
     The defaults have 7,763,041 parameters; `depths=[16, 32, 64, 128]` has 482,737.
@@ -37,10 +31,6 @@ class UNet(AnySizeNetwork):
         divisor: 2 to the number of halvings; other sizes are padded and cropped.
     """
 
-    encoder_prefixes: ClassVar[tuple[str, ...]] = ("encoder", "bottleneck")
-    stem_prefixes: ClassVar[tuple[str, ...]] = ("encoder.0",)
-    head_prefixes: ClassVar[tuple[str, ...]] = ("head",)
-
     def __init__(
         self,
         in_channels: int = 3,
@@ -49,7 +39,7 @@ class UNet(AnySizeNetwork):
         norm: Norm = "batch",
         final_activation: FinalActivation = "none",
     ) -> None:
-        widths = check_depths(depths, "two or more positive widths", valid=len(depths) >= 2)
+        widths = positive_widths("depths", depths)
         super().__init__(in_channels, out_channels, 2 ** (len(widths) - 1), final_activation)
         self.encoder = nn.ModuleList(
             DoubleConv(before, after, norm) for before, after in pairwise((in_channels, *widths))

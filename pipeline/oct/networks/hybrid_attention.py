@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigurationError
-from pipeline.oct.networks.layers import AnySizeNetwork, SobelMagnitude
+from pipeline.oct.networks.sobel import SobelMagnitude
+from pipeline.training.any_size import AnySizeNetwork
 
 __all__ = ["AttentionGate", "EdgeGate", "HybridAttentionUNet", "SpatialGate"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.oct.networks.layers import AnySizeNetwork, positive_widths
+from pipeline.training.any_size import AnySizeNetwork, positive_widths
 
 __all__ = ["SmallUNet"]
 

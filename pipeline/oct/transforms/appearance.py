@@ -7,6 +7,7 @@ MONAI's `self.R`; a probability of 0 changes nothing.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -36,9 +37,9 @@ class _RandAppearanced(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
 
+    @abstractmethod
     def changed(self, image: Tensor) -> Tensor:
         """Return a changed copy of `image`, with numbers from `self.R`."""
-        raise NotImplementedError
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the case, changed or not."""

@@ -6,6 +6,7 @@ MONAI's `self.R`; a probability of 0 changes nothing.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -134,9 +135,9 @@ class _RandDisplaceRowsd(RandomizableTransform, MapTransform):
         super().randomize(None)
         self.drawn = float(self.R.uniform(-self.largest, self.largest))
 
+    @abstractmethod
     def _path(self, columns: int) -> NDArray[np.float64]:
         """Return how far a random number of 1 moves each column, in pixels."""
-        raise NotImplementedError
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the case, changed or not."""

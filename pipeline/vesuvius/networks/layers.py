@@ -1,4 +1,4 @@
-"""What the networks for volumes share: convolutions, size handling, levels joined by skips."""
+"""What the networks for volumes share: convolutions, and levels joined by skips."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import ConfigurationError
+from pipeline.training.any_size import cropped, pad_to_multiple
 
-__all__ = ["ConvNorm", "Norm", "SkipNetwork", "check_widths", "pad_to_multiple"]
+__all__ = ["ConvNorm", "Norm", "SkipNetwork"]
 
 Norm = Literal["instance", "group"]
 GROUPS = 8
@@ -55,50 +55,6 @@ class ConvNorm(nn.Sequential):
             normalise,
             nn.LeakyReLU(0.01, inplace=True),
         )
-
-
-def check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the channels of each level as a tuple.
-
-    Raises:
-        ConfigurationError: fewer than two levels, or a width that is not a positive integer; `name`
-            is the setting it speaks of.
-    """
-    if len(widths) < 2 or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise ConfigurationError(
-            f"{name} must be two or more positive widths, one per level, got {list(widths)!r}"
-        )
-    return tuple(widths)
-
-
-def pad_to_multiple(volume: Tensor, divisor: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Pad `volume` by reflection until all three sizes are multiples of `divisor`.
-
-    Args:
-        volume: `(B, C, D, H, W)`.
-        divisor: what the sizes must divide by.
-
-    Returns:
-        The padded volume, and how many voxels of each axis stand before the original ones; the
-        padding is spread over both sides.
-
-    Raises:
-        ConfigurationError: the volume is too small to be reflected that far.
-    """
-    depth, height, width = volume.shape[-3:]
-    missing = (-depth % divisor, -height % divisor, -width % divisor)
-    if missing == (0, 0, 0):
-        return volume, missing
-    before = (missing[0] // 2, missing[1] // 2, missing[2] // 2)
-    after = tuple(total - first for total, first in zip(missing, before, strict=True))
-    if any(pad >= size for pad, size in zip(after, (depth, height, width), strict=True)):
-        target = "x".join(str(-(-size // divisor) * divisor) for size in (depth, height, width))
-        raise ConfigurationError(
-            f"volume of {depth}x{height}x{width} voxels is too small for a network that halves it "
-            f"to multiples of {divisor}; pad it to {target} first, or use fewer levels"
-        )
-    margins = (before[2], after[2], before[1], after[1], before[0], after[0])
-    return functional.pad(volume, margins, mode="reflect"), before
 
 
 class SkipNetwork(nn.Module):
@@ -185,7 +141,7 @@ class SkipNetwork(nn.Module):
             return levels
         if padded is volume:
             return levels[0]
-        return _cropped(levels[0], before, volume.shape[-3:])
+        return cropped(levels[0], before, volume.shape[-3:])
 
     def _levels(self, volume: Tensor) -> list[Tensor]:
         """Return logits of every supervised level, the full size first; sizes must divide."""
@@ -203,11 +159,3 @@ class SkipNetwork(nn.Module):
             if level < len(heads):
                 levels.insert(0, heads[level](features))
         return levels
-
-
-def _cropped(volume: Tensor, before: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Return the part of `volume` of the given `sizes` that begins at `before`."""
-    depth, height, width = (
-        slice(start, start + size) for start, size in zip(before, sizes, strict=True)
-    )
-    return volume[..., depth, height, width]

@@ -8,7 +8,8 @@ from monai.networks.blocks.dynunet_block import UnetResBlock
 from torch import nn
 
 from pipeline.errors import ConfigurationError
-from pipeline.vesuvius.networks.layers import ConvNorm, SkipNetwork, check_widths
+from pipeline.training.any_size import positive_widths
+from pipeline.vesuvius.networks.layers import ConvNorm, SkipNetwork
 
 __all__ = ["ResidualEncoderUNet"]
 
@@ -41,7 +42,7 @@ class ResidualEncoderUNet(SkipNetwork):
         blocks: Sequence[int] = (1, 3, 4, 6, 6, 6),
         deep_supervision: int = 0,
     ) -> None:
-        widths = check_widths("widths", widths)
+        widths = positive_widths("widths", widths)
         if len(blocks) != len(widths) or not all(
             isinstance(count, int) and count > 0 for count in blocks
         ):

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from pipeline.vesuvius.networks.layers import ConvNorm, Norm, SkipNetwork, check_widths
+from pipeline.training.any_size import positive_widths
+from pipeline.vesuvius.networks.layers import ConvNorm, Norm, SkipNetwork
 
 __all__ = ["SmallUNet3D"]
 
@@ -38,7 +39,7 @@ class SmallUNet3D(SkipNetwork):
         norm: Norm = "group",
         deep_supervision: int = 0,
     ) -> None:
-        widths = check_widths("widths", widths)
+        widths = positive_widths("widths", widths)
         below = (
             nn.Sequential(ConvNorm(before, after, norm, stride=2), ConvNorm(after, after, norm))
             for before, after in pairwise(widths)

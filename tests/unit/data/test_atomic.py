@@ -254,3 +254,29 @@ def test_csv_has_all_columns_in_order_of_appearance(tmp_path: Path) -> None:
 
 def test_empty_csv_has_the_header_asked_for(tmp_path: Path) -> None:
     assert atomic.write_csv(tmp_path / "a.csv", [], ["path", "code"]).read_text() == "path,code\n"
+
+
+def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+    final = tmp_path / "sub" / "meshes"
+    for name in ("old", "new"):
+        with atomic.whole_folder(final) as folder:
+            (folder / name).write_text(name)
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert [path.name for path in final.parent.iterdir()] == ["meshes"]
+
+
+def test_a_failure_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
+    final = tmp_path / "meshes"
+    with atomic.whole_folder(final) as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic.whole_folder(final) as folder:
+        (folder / "half" / "no such folder").write_text("")
+    assert [path.name for path in final.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["meshes"]
+
+
+def test_a_folder_that_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".meshes.partial").mkdir()
+    (tmp_path / ".meshes.partial" / "half").write_text("")
+    with atomic.whole_folder(tmp_path / "meshes") as folder:
+        assert list(folder.iterdir()) == []

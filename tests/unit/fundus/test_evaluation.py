@@ -16,7 +16,8 @@ from pipeline.errors import ConfigurationError, InputError
 from pipeline.fundus.cases import training_cases
 from pipeline.fundus.evaluation import VesselMetrics
 from pipeline.fundus.metrics import choose_threshold, pooled_metrics, vessel_metrics
-from pipeline.fundus.results import EvaluationWriter, overlay
+from pipeline.fundus.results import EvaluationWriter, ResultWriter, overlay
+from pipeline.inference.batch import BatchRun
 
 
 @pytest.fixture
@@ -106,6 +107,22 @@ def test_an_overlay_tells_agreement_from_errors() -> None:
     mask, truth = np.array([[True], [True], [False]]), np.array([[True], [False], [True]])
     drawn = overlay(photograph, mask, truth)[:, 0]
     assert [int(pixel.argmax()) for pixel in drawn] == [1, 0, 2]  # green, red, blue
+
+
+def test_a_picture_never_replaces_an_input(tmp_path: Path) -> None:
+    names = ("eye.png", "pictures/eye.png")
+    (tmp_path / "pictures").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(b"mine")
+    cases = [{"image": str(tmp_path / name), "name": name} for name in names]
+    batch = BatchRun(cases, str(tmp_path), {}, None, "fundus_vessels")
+    given = {"name": names[0], "native_image": torch.zeros(3, 20, 30), "fov_source": "given"}
+    made = {"pred": torch.zeros(1, 20, 30), "native_fov": torch.ones(1, 20, 30)}
+    engine = Engine(lambda engine, items: [made])
+    ResultWriter(batch, 0.5).attach(engine)
+    with pytest.raises(InputError, match="would overwrite the input"):
+        engine.run([[given]])
+    assert (tmp_path / "pictures/eye.png").read_bytes() == b"mine"
 
 
 def test_an_overlay_of_a_large_photograph_is_shown_smaller() -> None:

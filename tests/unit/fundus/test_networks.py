@@ -210,14 +210,18 @@ def test_other_norms_have_the_parameters_of_batch_norm_and_ignore_the_batch(make
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (UNet, {"depths": [16]}, r"depths must be two or more positive widths, got \[16\]"),
+        (UNet, {"depths": [16]}, r"depths must be two or more positive widths.*got \[16\]"),
         (UNet, {"depths": [16, 0]}, r"got \[16, 0\]"),
-        (RoiNet, {"depths": [4, 4, 4]}, "depths must be six positive widths"),
+        (RoiNet, {"depths": [4, 4, 4]}, "depths must be 6 positive widths"),
         (RoiNet, {"depths": [4, 4, 4, 3, 4, 4]}, "even in the fourth and fifth place"),
         (RoiNet, {"depths": [4] * 6, "kernel_size": 4}, "kernel_size must be odd"),
         (UNet, {"depths": [4, 8], "norm": "layer"}, "norm must be .*got 'layer'"),
         (UNet, {"depths": [4, 8], "final_activation": "softmax"}, "got 'softmax'"),
-        (UNet, {"depths": [4, 8], "out_channels": 0}, "out_channels must be at least 1"),
+        (
+            UNet,
+            {"depths": [4, 8], "out_channels": 0},
+            "out_channels must be an integer",
+        ),
         (UTrans, {"depths": [4, 8], "transformer_heads": 3}, "must divide the 8 channels"),
         (UTrans, {"depths": [4, 8], "transformer_depth": 0}, "use UNet or RoiNet"),
         (UTrans, {"depths": [4, 8], "transformer_dropout": 1.0}, r"must be in \[0, 1\)"),

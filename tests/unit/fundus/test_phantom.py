@@ -237,13 +237,16 @@ def test_incomplete_data_set_is_written_again(tmp_path: Path) -> None:
 
 def test_interrupted_writing_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     complete = files_of(write_phantom_dataset(tmp_path / "whole", COUNT, size_px=64))
-    calls = iter([fundus_phantom])
+    drawn: list[FundusPhantom] = []
 
     def stop_after_one(*arguments: Any) -> FundusPhantom:
-        return next(calls)(*arguments)
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(fundus_phantom(*arguments))
+        return drawn[0]
 
     monkeypatch.setattr(phantom, "fundus_phantom", stop_after_one)
-    with pytest.raises(StopIteration):
+    with pytest.raises(KeyboardInterrupt):
         write_phantom_dataset(tmp_path / "cut", COUNT, size_px=64)
     monkeypatch.undo()
     assert not json.loads((tmp_path / "cut/phantom.json").read_text())["complete"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.oct.coordinates import extract_layers
-from pipeline.oct.evaluation import LayerMetrics, column_means, layers_in_source
+from pipeline.oct.evaluation import LayerMetrics, layers_in_source
 from pipeline.oct.frames import rows_to_height
 from pipeline.oct.transforms import render_label
 
@@ -222,15 +222,6 @@ def test_a_scan_without_rows_is_refused_by_name() -> None:
     del one["bm_source"]
     with pytest.raises(InputError, match="p7_3: no annotated rows of BM"):
         LayerMetrics({}).update([one])
-
-
-def test_means_leave_out_what_is_no_number() -> None:
-    rows = [{"image": "a", "x": 1.0, "y": math.nan, "ok": True}, {"image": "b", "x": 3, "z": 5.0}]
-    means = column_means(rows)
-    assert means["x"] == 2
-    assert means["z"] == 5
-    assert math.isnan(means["y"])
-    assert set(means) == {"x", "y", "z"}
 
 
 def test_real_rows_are_met_by_a_network_that_draws_them(lamina_data: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.oct import formats
 from pipeline.oct.formats import oct_format, read_oct, write_predictions
-from pipeline.oct.prediction_files import StoredRows
+from pipeline.oct.prediction_rows import StoredRows
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 

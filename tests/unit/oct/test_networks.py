@@ -11,7 +11,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.inference.export import export_onnx
 from pipeline.oct.networks import HybridAttentionUNet, SmallUNet
 from pipeline.oct.networks.hybrid_attention import EdgeGate
-from pipeline.oct.networks.layers import SobelMagnitude
+from pipeline.oct.networks.sobel import SobelMagnitude
 from pipeline.training.block_checkpointing import checkpoint_blocks
 
 COUNTS = {

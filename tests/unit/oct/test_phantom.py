@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigurationError
 from pipeline.oct.formats import read_oct
-from pipeline.oct.phantom import MARKER_NAME, OctPhantom, oct_phantom, write_phantom_dataset
+from pipeline.oct.phantom import OctPhantom, oct_phantom, write_phantom_dataset
 
 SMALL = (128, 160)
 
@@ -175,7 +175,7 @@ def test_a_finished_data_set_is_used_as_it_is_and_another_one_drawn_again(folder
     first = np.asarray(read_oct(folder / "train.h5").bscans[0])
     write_phantom_dataset(folder, {"train": 1}, bscans=2, size_px=SMALL)
     assert not (folder / "val.h5").exists()
-    assert json.loads((folder / MARKER_NAME).read_text())["complete"]
+    assert json.loads((folder / "phantom.json").read_text())["complete"]
     np.testing.assert_array_equal(np.asarray(read_oct(folder / "train.h5").bscans[0]), first)
     write_phantom_dataset(folder, same, bscans=2, size_px=SMALL)
 

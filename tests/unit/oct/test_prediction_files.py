@@ -23,12 +23,9 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigurationError, InputError, ResourceError
 from pipeline.oct.coordinates import Layers
 from pipeline.oct.hdf5_files import read_hdf5
-from pipeline.oct.prediction_files import (
-    PredictionWriter,
-    StoredRows,
-    read_predictions,
-    write_predictions,
-)
+from pipeline.oct.prediction_files import read_predictions, write_predictions
+from pipeline.oct.prediction_rows import StoredRows
+from pipeline.oct.prediction_writer import PredictionWriter
 from pipeline.oct.volume import OctVolume
 
 COUNT, HEIGHT, WIDTH = 5, 24, 10
@@ -317,6 +314,12 @@ class TestTheTree:
         assert ilm["mean_sigma_px"] == pytest.approx(predicted.ilm_sigma_px[valid].mean())
         assert found["mean_thickness_px"] == pytest.approx(7.5)
         assert found["mean_thickness_um"] == pytest.approx(7.5 * 3.87)
+
+    def test_the_summary_goes_where_it_is_wanted(self, tmp_path: Path) -> None:
+        where = tmp_path / "others" / "eye.json"
+        write_predictions(tmp_path / "eye.h5", volume(), rows(), summary_path=where)
+        assert json.loads(where.read_text("utf-8"))["predictions"] == "eye.h5"
+        assert {path.name for path in tmp_path.iterdir()} == {"eye.h5", "others"}
 
     def test_a_summary_without_a_valid_column_has_no_mean(self, tmp_path: Path) -> None:
         nowhere = np.zeros((COUNT, WIDTH), bool)

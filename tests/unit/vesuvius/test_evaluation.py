@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from pipeline.vesuvius.evaluation import SurfaceMetrics, score_row
 from pipeline.vesuvius.metrics import surface_score
-from pipeline.vesuvius.results import sheet_facts, three_planes
+from pipeline.vesuvius.pictures import three_planes
+from pipeline.vesuvius.sheet_measures import sheet_facts
 from pipeline.vesuvius.topology import PostProcess
 
 

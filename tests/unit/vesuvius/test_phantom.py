@@ -284,9 +284,16 @@ def test_incomplete_data_set_is_written_again(tmp_path: Path) -> None:
 def test_interrupted_writing_is_taken_up(
     data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = iter([scroll_phantom])
-    monkeypatch.setattr(phantom, "scroll_phantom", lambda *arguments: next(calls)(*arguments))
-    with pytest.raises(StopIteration):
+    drawn: list[ScrollPhantom] = []
+
+    def stop_after_one(*arguments: Any) -> ScrollPhantom:
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(scroll_phantom(*arguments))
+        return drawn[0]
+
+    monkeypatch.setattr(phantom, "scroll_phantom", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
         write(tmp_path)
     monkeypatch.undo()
     assert not json.loads((tmp_path / "phantom.json").read_text())["complete"]

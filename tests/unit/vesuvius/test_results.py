@@ -50,7 +50,7 @@ def write(
     create_ome_zarr(source, probability.shape, "uint8", (32, 32, 32), overwrite=True, **size)
     cases = [{"name": "a/scroll.zarr", "image": str(source)}]
     batch = BatchRun(cases, str(folder / "out"), {}, None, "vesuvius_surface", overwrite=True)
-    repair = PostProcess(steps=REPAIR, betti=False)
+    repair = PostProcess(steps=settings.pop("steps", REPAIR), betti=False)
     checkpoint = {"epoch": 4, "metrics": {"val_surface": 0.7}}
     writer = SurfaceWriter(batch, repair, 0.5, checkpoint=checkpoint, **settings)
     item = {
@@ -123,6 +123,15 @@ def test_all_outputs_agree_with_the_mask(tmp_path: Path, known_size: bool) -> No
     sidecar = write(tmp_path, two_sheets(), known_size, **dict.fromkeys(ALL, True))
     assert sidecar["sheets"] == 2
     check_outputs(tmp_path, sidecar, UM if known_size else 1.0)
+
+
+def test_more_sheets_than_16_bits_can_count_keep_their_numbers(tmp_path: Path) -> None:
+    specks = np.zeros((84, 82, 82), np.float32)
+    specks[::2, ::2, ::2] = 1
+    sidecar = write(tmp_path, specks, steps=REPAIR[:1], separate_instances=True)
+    assert sidecar["sheets"] == 42 * 41 * 41 > 2**16
+    sheets = tifffile.imread(tmp_path / "out" / "a" / "scroll_sheets.tif")
+    np.testing.assert_array_equal(np.unique(sheets), np.arange(sidecar["sheets"] + 1))
 
 
 def test_all_outputs_of_a_real_volume_agree_with_its_mask(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, Preempted
 from pipeline.training.checkpoints import read_checkpoint, write_checkpoint
+from pipeline.vesuvius import thresholds
 from pipeline.vesuvius.evaluation import score_row
 from pipeline.vesuvius.thresholds import settle_threshold
 from pipeline.vesuvius.topology import postprocess
@@ -111,6 +112,28 @@ def test_no_more_volumes_are_looked_at_than_asked_for(tmp_path: Path) -> None:
     saved(tmp_path)
     settle(tmp_path, [sheet(0), sheet(1), sheet(2)], most_volumes=2)
     assert yaml.safe_load((tmp_path / "threshold_scores.yaml").read_text())["best"]["volumes"] == 2
+
+
+@pytest.mark.parametrize(("uncounted", "chosen"), [((0.5,), 0.3), (THRESHOLDS, 0.9)])
+def test_a_threshold_of_unknown_score_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncounted: tuple[float, ...], chosen: float
+) -> None:
+    scores = {t: None if t in uncounted else 1 - t for t in THRESHOLDS}
+    given = iter([*THRESHOLDS] * 2)  # of two volumes
+
+    def row(*_: Any) -> dict[str, Any]:
+        score = scores[next(given)]
+        parts = {"topology": score, "surface_dice": 0.5, "voi_score": 0.5}
+        return {"score": score, **parts}
+
+    monkeypatch.setattr(thresholds, "score_row", row)
+    path = saved(tmp_path)
+    settle(tmp_path, [sheet(0), sheet(1)])
+    assert read_checkpoint(path)["threshold"] == chosen
+    told = yaml.safe_load((tmp_path / "threshold_scores.yaml").read_text())
+    assert bool(told) == (chosen in THRESHOLDS)
+    if told:
+        assert told["best"]["scores"]["0.5"]["score"] is None
 
 
 def test_a_second_time_changes_nothing(tmp_path: Path) -> None:

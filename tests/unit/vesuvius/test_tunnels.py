@@ -115,3 +115,19 @@ def test_a_wall_between_two_layers_of_one_sheet_is_built_only_where_bends_are_al
     layers[20:22, 20:28, 20:22] = layers[26:28, 20:28, 20:22] = True  # one sheet by two pillars
     np.testing.assert_array_equal(fill_tunnels(layers, max_bend=0.2), layers)
     assert betti_numbers(fill_tunnels(layers, max_bend=1)).tunnels == 0
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_a_hole_without_evidence_of_surface_is_a_tear_and_stays(
+    repair: type[fill_tunnels],
+) -> None:
+    """Both holes look alike in the mask; in one the network was merely not sure enough."""
+    torn = sheets(20)
+    probability = np.where(torn, 0.9, 0.01).astype(np.float32)
+    for at, found in ((10, 0.2), (30, 0.01)):
+        torn[at : at + 3, 20:22, 20:23] = False
+        probability[at : at + 3, 18:24, 20:23] = found
+    result = repair(torn, probability, min_probability=0.1)
+    assert result[10:13, 20:22, 20:23].all()
+    assert not result[30:33, 20:22, 20:23].any()
+    assert betti_numbers(repair(torn, probability)).tunnels == 0

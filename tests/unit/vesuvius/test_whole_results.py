@@ -3,38 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import zarr
 
 from pipeline.data.volumes import open_volume
 from pipeline.vesuvius.geometry import VoxelSize
-from pipeline.vesuvius.whole_results import whole_folder, write_ome_zarr
-
-
-def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
-    final = tmp_path / "sub" / "meshes"
-    for name in ("old", "new"):
-        with whole_folder(final) as folder:
-            (folder / name).write_text(name)
-    assert [path.name for path in final.iterdir()] == ["new"]
-    assert [path.name for path in final.parent.iterdir()] == ["meshes"]
-
-
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    final = tmp_path / "meshes"
-    with whole_folder(final) as folder:
-        (folder / "old").write_text("old")
-    with pytest.raises(FileNotFoundError), whole_folder(final) as folder:
-        (folder / "half" / "no such folder").write_text("")
-    assert [path.name for path in final.iterdir()] == ["old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["meshes"]
-
-
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".meshes.partial").mkdir()
-    (tmp_path / ".meshes.partial" / "half").write_text("")
-    with whole_folder(tmp_path / "meshes") as folder:
-        assert list(folder.iterdir()) == []
+from pipeline.vesuvius.whole_results import write_ome_zarr
 
 
 def test_an_ome_zarr_keeps_voxels_size_and_unit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a volume goes: reading, scaling, network, repair, writing."""
+"""Where the time of an input goes: reading, network, what follows it, writing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,15 @@ class StageClock:
         """End a stage here, and begin the next one; a stage met again is added up."""
         wall_s, cpu_s = self._wall_s, self._cpu_s
         self.start()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._wall_s - wall_s
-        self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + self._cpu_s - cpu_s
+        _add(self.seconds, stage, self._wall_s - wall_s)
+        _add(self.cpu_seconds, stage, self._cpu_s - cpu_s)
+
+    def add(self, other: StageClock) -> None:
+        """Add the stages of another clock, which may be of the same names; begin a stage here."""
+        for stage, spent_s in other.seconds.items():
+            _add(self.seconds, stage, spent_s)
+            _add(self.cpu_seconds, stage, other.cpu_seconds[stage])
+        self.start()
 
     def record(self, before: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, object]:
         """Return `seconds` and `cpu_seconds` per stage, in milliseconds' precision.
@@ -46,3 +53,7 @@ class StageClock:
             }
             for key, own in found.items()
         }
+
+
+def _add(seconds: dict[str, float], stage: str, spent_s: float) -> None:
+    seconds[stage] = seconds.get(stage, 0.0) + spent_s
