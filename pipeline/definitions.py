@@ -8,11 +8,12 @@ MONAI and torch, with plain arguments, are taken from it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError
 
-__all__ = ["check_definitions"]
+__all__ = ["build_network", "check_definitions"]
 
 _ALLOWED = re.compile(
     r"[A-Za-z]\w*"  # a bare name, which MONAI looks up among its own components
@@ -38,6 +39,25 @@ def check_definitions(definitions: object, source: object) -> None:
             f"{source}: its definitions hold {found}; only networks and transforms of pipeline, "
             "monai and torch.nn with plain arguments are built from a checkpoint; do not use it"
         )
+
+
+def build_network(content: Mapping[str, Any], source: object) -> Any:
+    """Return the network that a checkpoint defines, without its weights.
+
+    Args:
+        content: what `read_checkpoint` returned.
+        source: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: it defines none, or one that could run other code.
+    """
+    from monai.bundle import ConfigParser
+
+    definition = content.get("network_def")
+    if not isinstance(definition, Mapping):
+        raise CheckpointError(f"{source}: defines no network (network_def); use another checkpoint")
+    check_definitions(definition, source)
+    return ConfigParser({"network_def": dict(definition)}).get_parsed_content("network_def")
 
 
 def _forbidden(value: Any) -> list[str]:

@@ -152,7 +152,14 @@ class _Guarded(Dataset[Any]):
 def _collated(given: Sequence[_Read | _Refused]) -> _Loaded:
     read = [one for one in given if isinstance(one, _Read)]
     return _Loaded(
-        items=list_data_collate([one.item for one in read]) if read else None,
+        items=list_data_collate([_given(one.item) for one in read]) if read else None,
         origins={one.name: one.origin for one in read},
         refused=[one for one in given if isinstance(one, _Refused)],
     )
+
+
+def _given(item: Any) -> Any:
+    """Return an item without what it lacks, such as a label: None has no batch."""
+    if not isinstance(item, Mapping):
+        return item
+    return {key: value for key, value in item.items() if value is not None}

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ignite.engine import Engine
 
-from pipeline.data.atomic import check_writable, write_csv, write_json
+from pipeline.data.atomic import check_writable, remove_stale, write_csv, write_json
 from pipeline.data.writers import check_result_paths, result_path
 from pipeline.errors import (
     ConfigurationError,
@@ -81,6 +81,7 @@ class BatchRun:
         identity: Identity = "content",
     ) -> None:
         self.output_dir = check_writable(Path(output_dir))
+        remove_stale(self.output_dir)  # what a killed run left half-written
         self.bundle = bundle
         self.model_path = model_path
         self.settings = dict(settings)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.data.checksums import file_sha256
@@ -101,6 +102,7 @@ def load_ensemble(
     load: Callable[[nn.Module, Mapping[str, Any], Path], None],
     check: _Check | None = None,
     settings: Mapping[str, Any] | None = None,
+    build: Callable[[Mapping[str, Any], Path], nn.Module] | None = None,
     weights: Sequence[float] | None = None,
     domain: Domain = "probability",
     activation: Activation = "sigmoid",
@@ -111,13 +113,15 @@ def load_ensemble(
     sha256 of each file stands among the ensemble's settings.
 
     Args:
-        network: of the architecture of all of them; it becomes the first member.
+        network: of the first one's architecture; it becomes the first member.
         checkpoints: files, folders of runs, or folders with `fold_<k>`, as `find_checkpoints` takes
             them.
         read: returns the content of a checkpoint, such as `read_checkpoint`.
         load: copies a content's weights into a network, such as `load_weights`.
         check: compares a content with `settings`, such as `check_definition`.
         settings: values of the running configuration.
+        build: returns the network that a content defines, such as `build_network`; with it, further
+            members may be of other architectures, and must agree in everything else.
         weights: one per checkpoint; None: all count the same.
         domain: as of `Ensemble`.
         activation: as of `Ensemble`.
@@ -128,15 +132,28 @@ def load_ensemble(
     """
     paths = find_checkpoints(checkpoints)
     shares = normalised_weights(weights, len(paths))  # before gigabytes are read
-    members = [network, *(copy.deepcopy(network) for _ in paths[1:])]
+    members: list[nn.Module] = []
     sources = []
-    for member, path in zip(members, paths, strict=True):
-        content = read(path)
+    for path in paths:
+        content, compared = read(path), dict(settings or {})
+        own = content.get("network_def")
+        if members and build is not None and own not in (None, compared.get("network_def")):
+            member = build(content, path).to(_device_of(network))
+            compared = {
+                k: v for k, v in compared.items() if k not in ("architecture", "network_def")
+            }
+        else:
+            member = copy.deepcopy(network) if members else network
         if check is not None:
-            check(content, source=path, settings=settings or {})
+            check(content, source=path, settings=compared)
         load(member, content, path)
+        members.append(member)
         sources.append(file_sha256(path))
     return Ensemble(members, shares, domain, activation, sources)
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def find_checkpoints(paths: Sequence[Path | str] | Path | str) -> list[Path]:

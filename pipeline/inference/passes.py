@@ -58,6 +58,7 @@ class Passes:
         batch_size: windows per pass; `auto` takes one on a CPU, where more gain nothing, and on a
             GPU as many as fit into its free memory, by what the first one took.
         release: frees memory on the device and returns whether it could.
+        spatial: whether outputs have the size of the windows; else they are `(N, C')`.
 
     Attributes:
         structure: of the network's outputs, known after the first pass.
@@ -69,8 +70,11 @@ class Passes:
         devices: Sequence[torch.device],
         batch_size: int | Literal["auto"] = 1,
         release: Callable[[], bool] = lambda: False,
+        *,
+        spatial: bool = True,
     ) -> None:
         self.release = release
+        self.spatial = spatial
         self.structure: Structure | None = None
         guarded = [functools.partial(self._with_enough_memory, predict) for predict in predictors]
         self._replicas = Replicas(guarded, devices)
@@ -141,10 +145,12 @@ class Passes:
             self.structure = Structure(given)
         outputs = self.structure.flatten(given)
         for output in outputs:
-            if output.shape[2:] != batch.shape[2:] or len(output) != len(batch):
+            wanted = batch.shape[2:] if self.spatial else torch.Size()
+            if output.shape[2:] != wanted or len(output) != len(batch):
+                size = "of the window's own size" if self.spatial else "of one row per image"
                 raise ConfigurationError(
                     f"the network gives {list(output.shape)} for windows {list(batch.shape)}; "
-                    "expected an output of the window's own size"
+                    f"expected an output {size}"
                 )
         return outputs
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,21 +9,19 @@ from typing import Any, Literal
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from pipeline.errors import ConfigurationError
-from pipeline.hardware import allocator
 from pipeline.inference.accumulation import Slab
 from pipeline.inference.backends import Backend
 from pipeline.inference.blending import WEIGHTS, Weights
 from pipeline.inference.passes import Passes
+from pipeline.inference.prepared import PreparedNetwork
 from pipeline.inference.windows import Grid, Overlap, check_overlap, make_grid
 
 __all__ = ["SlidingWindow"]
-
-_tune_allocator_once = functools.cache(allocator.tune_allocator)
 
 
 class SlidingWindow(Inferer):
@@ -81,28 +77,27 @@ class SlidingWindow(Inferer):
             raise ConfigurationError(
                 f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}"
             )
-        if sw_batch_size != "auto" and sw_batch_size < 1:
-            raise ConfigurationError(
-                f"sw_batch_size must be auto or at least 1, got {sw_batch_size!r}"
-            )
         if small not in ("pad", "shrink"):
             raise ConfigurationError(f"small must be pad or shrink, got {small!r}")
         check_overlap(overlap, roi_size)
         self.roi_size = tuple(roi_size)
         self.overlap = overlap
         self.weights = weights
-        self.sw_batch_size = sw_batch_size
         self.even = even
         self.small = small
         self.padding_mode = padding_mode
         self.skip_below = skip_below
         self.empty_value = empty_value
-        self.backend = Backend(backend) if isinstance(backend, str) else backend
-        self.devices = devices
         self.accumulate_on = accumulate_on
-        self.tune_allocator = tune_allocator
         self.progress = progress
-        self._prepared: tuple[Any, list[Callable[[Tensor], Any]]] | None = None
+        self._prepared = PreparedNetwork(
+            backend, sw_batch_size, devices, tune_allocator=tune_allocator
+        )
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the network."""
+        return self._prepared.backend
 
     def __call__(
         self,
@@ -187,10 +182,6 @@ class SlidingWindow(Inferer):
             return image
         return functional.pad(image, _padding(image, size), self.padding_mode)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the networks made ready, which another process prepares for itself."""
-        return {**self.__dict__, "_prepared": None}
-
     def grid(self, spatial: Sequence[int]) -> Grid:
         """Return the windows over an image of `spatial` size, which may be padded to hold one."""
         if len(spatial) != len(self.roi_size):
@@ -214,31 +205,8 @@ class SlidingWindow(Inferer):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Passes:
-        """Return what runs `network` on windows: by the backend, in the network's own type.
-
-        Args:
-            network: a module, or any function of windows.
-            window: one of them, `(1, C, *roi)`.
-            args: further arguments of the network.
-            kwargs: further arguments of the network.
-        """
-        if self.tune_allocator and window.device.type == "cpu":
-            _tune_allocator_once()
-        if args or kwargs:
-            network = functools.partial(_call_with, network, args, kwargs or {})
-        dtype = _dtype_for(network, window)
-        devices = [torch.device(d) for d in self.devices or [str(window.device)]]
-        key = (network, _versions(network))
-        if self._prepared is None or self._prepared[0] != key:
-            window = window.to(dtype)
-            replicas = [network] + [copy.deepcopy(network) for _ in devices[1:]]
-            ready = [
-                self.backend.prepare(_moved(replica, device), window.to(device))
-                for replica, device in zip(replicas, devices, strict=True)
-            ]
-            self._prepared = key, ready
-        predictors = [functools.partial(_call_as, run, dtype) for run in self._prepared[1]]
-        return Passes(predictors, devices, self.sw_batch_size)
+        """Return what runs `network` on windows; see `PreparedNetwork.passes`."""
+        return self._prepared.passes(network, window, args, kwargs)
 
     def settings(self) -> dict[str, Any]:
         """Return what was asked for and determines the result, as plain data.
@@ -277,33 +245,3 @@ def _like(output: Tensor, inputs: Tensor) -> Tensor:
         return output
     described: MetaTensor = MetaTensor(output).copy_meta_from(inputs, copy_attr=False)
     return described
-
-
-def _call_with(
-    network: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], window: Tensor
-) -> Any:
-    return network(window, *args, **kwargs)
-
-
-def _call_as(run: Callable[[Tensor], Any], dtype: torch.dtype, windows: Tensor) -> Any:
-    return run(windows.to(dtype))
-
-
-def _moved(network: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    return network.to(device) if isinstance(network, nn.Module) else network
-
-
-def _dtype_for(network: Callable[..., Any], window: Tensor) -> torch.dtype:
-    """Return the type in which `network` takes windows: its parameters', else float32 at least."""
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float64 if window.dtype == torch.float64 else torch.float32
-
-
-def _versions(network: Callable[..., Any]) -> tuple[int, ...]:
-    """Return counts that change with the weights: an exported network does not follow them."""
-    if not isinstance(network, nn.Module):
-        return ()
-    return tuple(0 if p.is_inference() else p._version for p in network.parameters())

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from pipeline.data.atomic import atomic_path, write_bytes, write_text
 from pipeline.errors import CheckpointError
 
-__all__ = ["FORMAT", "check_definition", "load_weights", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "check_definition",
+    "load_weights",
+    "read_checkpoint",
+    "read_state",
+    "write_checkpoint",
+]
 
 FORMAT = "lamina-checkpoint-1"
 
@@ -77,6 +84,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, holds code, or is not a Lamina checkpoint.
     """
+    content = read_state(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: found {content.get('format', 'no format entry')}, expected a Lamina "
+            f"checkpoint ({FORMAT}); point ckpt_path at a .pt file that Lamina wrote"
+        )
+    return content
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint or a file of weights by others holds, tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds code, or no named tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
@@ -101,15 +123,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({len(data)} bytes); restore it or train again"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = (
-            content.get("format", "no format entry")
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
+    if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path}: found {found}, expected a Lamina checkpoint ({FORMAT}); "
-            "point ckpt_path at a .pt file that Lamina wrote"
+            f"{path}: found {type(content).__name__}, expected a Lamina checkpoint ({FORMAT}) or "
+            "named tensors; use another file"
         )
     return content
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,32 @@ class BatchMetrics:
     def _update(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
         items = outputs if isinstance(outputs, list) else [outputs]
-        self.loss_sum += float(items[0]["loss"].detach())
-        self.batches += 1
+        share = self.share(items)
+        self.loss_sum += (
+            float(torch.as_tensor(items[0]["loss"]).detach()) * share
+        )  # decollated: a number
+        self.batches += share
         for item in items:
-            predicted, truth = self.masks(item["pred"], item["label"])
-            counts = torch.stack([(predicted & truth).sum(), predicted.sum(), truth.sum()])
-            self.counts += counts.double().cpu()
+            self.counts += self.count(item["pred"], item["label"])
+
+    def share(self, items: Sequence[Mapping[str, Any]]) -> int:
+        """Return what a batch counts in the mean loss; a subclass may count its samples.
+
+        Args:
+            items: the trainer's output, one dictionary of the batch or, decollated, of each sample.
+        """
+        return 1
+
+    def count(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Return three sums over a batch, `(3,)` on the CPU, that `figures` takes in total.
+
+        Args:
+            logits: the network's output.
+            label: the truth.
+        """
+        predicted, truth = self.masks(logits, label)
+        counts = torch.stack([(predicted & truth).sum(), predicted.sum(), truth.sum()])
+        return counts.double().cpu()
 
     def masks(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Return where foreground is predicted and where it is; a subclass may say what that is.
@@ -56,11 +76,17 @@ class BatchMetrics:
         counted = label != self.ignore_label
         return (logits > 0) & counted, (label > 0) & counted
 
+    def figures(self, counts: Sequence[float]) -> dict[str, float]:
+        """Return the figures by name, of the sums over the epoch."""
+        both, predicted, truth = counts
+        return {
+            "train_dice": 2 * both / max(predicted + truth, 1),
+            "train_iou": both / max(predicted + truth - both, 1),
+        }
+
     def _report(self, engine: Engine) -> None:
-        both, predicted, truth = self.counts.tolist()
         engine.state.metrics["train_loss"] = self.loss_sum / max(self.batches, 1)
-        engine.state.metrics["train_dice"] = 2 * both / max(predicted + truth, 1)
-        engine.state.metrics["train_iou"] = both / max(predicted + truth - both, 1)
+        engine.state.metrics.update(self.figures(self.counts.tolist()))
         self._reset()  # not when an epoch starts: a resumed run may start in its middle
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ConfigurationError
-from pipeline.training.checkpoints import read_checkpoint
+from pipeline.training.checkpoints import read_state
 
 __all__ = ["LoadReport", "adapt_input_channels", "freeze_parameters", "load_pretrained"]
 
@@ -177,7 +177,7 @@ def _state_of(path_or_state: str | Path | Mapping[str, Any]) -> tuple[str, dict[
     source = "state dict"
     if isinstance(content, str | Path):
         source = str(content)
-        content = read_checkpoint(content)
+        content = read_state(content)
     for key in ("model", "state_dict"):
         content = content.get(key, content)
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -35,6 +35,7 @@ __all__ = [
     "from_writer",
     "is_writer",
     "join_processes",
+    "least_of_processes",
     "leave_processes",
     "share_statistics",
     "share_weights",
@@ -179,6 +180,15 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     sums = torch.tensor(list(values), dtype=torch.float64)
     _together(dist.all_reduce, sums)
     return [float(value) for value in sums.tolist()]
+
+
+def least_of_processes(number: int) -> int:
+    """Return the smallest of a number over all processes, such as the memory that each has."""
+    if _count() == 1:
+        return number
+    least = torch.tensor(number, dtype=torch.int64)
+    _together(dist.all_reduce, least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def any_process(flag: bool) -> bool:

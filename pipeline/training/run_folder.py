@@ -55,6 +55,7 @@ class RunFolder:
         config: the resolved configuration, as plain data.
         device: where the run computes.
         facts: lines for the head of the log, such as the cases found and the number of parameters.
+        plan: what was planned for this machine, for `environment.json`.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class RunFolder:
         config: Mapping[str, Any],
         device: torch.device | str,
         facts: Sequence[str] = (),
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.config = dict(config)
         self.device = device
         self.facts = tuple(facts)
+        self.plan = {} if plan is None else {"plan": dict(plan)}
         self._lock = RunLock(self.output_dir)
         self._log: logging.FileHandler | None = None
         self._level = logging.NOTSET
@@ -101,7 +104,8 @@ class RunFolder:
         for fact in self.facts:
             logger.info(fact)
         write_yaml(self.output_dir / "config.yaml", self.config)
-        write_json(self.output_dir / "environment.json", describe_environment(self.device))
+        environment = describe_environment(self.device) | self.plan
+        write_json(self.output_dir / "environment.json", environment)
 
     def close(self) -> None:
         """End the log and give the folder free."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pipeline.errors import ConfigurationError, DivergedError, ResourceError
 from pipeline.hardware.out_of_memory import is_out_of_memory
 from pipeline.training.equality import equality_notes
+from pipeline.training.groups import Place, place_in_group
+from pipeline.training.objective import Objective, Part, plain_objective
 from pipeline.training.processes import (
     share_weights,
     sum_gradients,
@@ -48,16 +51,6 @@ class _Batch:
     counted: int  # its samples, or 0 where it only fills a place
 
 
-@dataclass
-class _Place:
-    """Where a step stands in its group, and the group's samples in all processes."""
-
-    first: bool
-    last: bool
-    samples: int
-    filler: bool  # the epoch's last batch has no sample left for this process
-
-
 class TrainingStep:
     """Accumulate gradients over a group of batches and update the weights at its end.
 
@@ -80,6 +73,8 @@ class TrainingStep:
         skip_not_finite: updates left out because of a value that is not finite before the run
             stops.
         rank, processes: number of this process, and how many there are.
+        objective: what is computed of a batch or a piece of one; by default forward, loss,
+            backward.
     """
 
     def __init__(
@@ -92,6 +87,7 @@ class TrainingStep:
         skip_not_finite: int = 0,
         rank: int = 0,
         processes: int = 1,
+        objective: Objective = plain_objective,
     ) -> None:
         if accumulation_steps < 1:
             raise ConfigurationError(
@@ -110,6 +106,7 @@ class TrainingStep:
         self.skip_not_finite = skip_not_finite
         self.rank = rank
         self.processes = processes
+        self.objective = objective
         where = "cuda" if torch.cuda.is_available() else "cpu"
         self.scaler = torch.amp.GradScaler(where, enabled=precision == "float16")
         self.pieces = 1  # a batch is computed in so many pieces, more after memory ran out
@@ -152,7 +149,7 @@ class TrainingStep:
         self._group.append(_Batch(inputs, targets, names, 0 if place.filler else len(inputs)))
         output: dict[str, Any] = {CommonKeys.IMAGE: inputs, CommonKeys.LABEL: targets}
         engine.state.output = output
-        pred, loss = self._with_enough_memory(engine, place.samples)
+        pred, loss = self._with_enough_memory(engine, place)
         if not math.isfinite(value := float(loss)):
             self._not_finite = self._not_finite or f"the loss is {value}{_whose(names)}"
             loss = torch.zeros_like(loss)
@@ -193,15 +190,15 @@ class TrainingStep:
         """Return what fixes the samples of every update; how many processes share them does not."""
         return [self.batch_size * self.processes, self.accumulation_steps, self.samples]
 
-    def _place(self, engine: Any) -> _Place:
-        length = engine.state.epoch_length
-        here = (engine.state.iteration - 1) % length
-        start = here - here % self.accumulation_steps
-        end = min(start + self.accumulation_steps, length)
-        step = self.batch_size * self.processes
-        samples = min(end * step, self.samples) - start * step
-        filler = self.samples - here * step <= self.rank
-        return _Place(here == start, here == end - 1, samples, filler)
+    def _place(self, engine: Any) -> Place:
+        return place_in_group(
+            engine.state.iteration,
+            engine.state.epoch_length,
+            self.accumulation_steps,
+            self.batch_size * self.processes,
+            self.samples,
+            self.rank,
+        )
 
     def _begin(self, engine: Any) -> None:
         """Before the first step, which may be that of a resumed run."""
@@ -219,13 +216,13 @@ class TrainingStep:
         for note in notes:
             logger.info("gradients are not exactly those of one undivided batch: %s", note)
 
-    def _with_enough_memory(self, engine: Any, samples: int) -> tuple[Tensor, Tensor]:
+    def _with_enough_memory(self, engine: Any, place: Place) -> tuple[Tensor, Tensor]:
         """Compute the newest batch; where memory runs out, the whole group again in more pieces."""
         todo = self._group[-1:]
         while True:
             try:
                 for batch in todo:
-                    pred, loss = self._compute(engine, batch, samples)
+                    pred, loss = self._compute(engine, batch, place)
                 return pred, loss
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -251,25 +248,24 @@ class TrainingStep:
         )
         self._note_inequality(engine)
 
-    def _compute(self, engine: Any, batch: _Batch, samples: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, engine: Any, batch: _Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Add the gradient of one batch and return its prediction and mean loss."""
+        autocast = partial(self._autocast, batch.inputs.device)
         preds: list[Tensor] = []
         mean: Tensor | float = 0.0
         for inputs, targets in self._divided(batch):
             share = len(inputs) / len(batch.inputs)
-            with self._autocast(inputs.device):
-                pred = engine.inferer(inputs, engine.network)
-                engine.state.output[CommonKeys.PRED] = pred
-                engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-                loss = engine.loss_function(pred, targets).mean()
-                engine.state.output[CommonKeys.LOSS] = loss
-                engine.fire_event(IterationEvents.LOSS_COMPLETED)
-                if isinstance(pred, list | tuple):  # deep supervision: the full size stands first
-                    pred = pred[0]
-            self.scaler.scale(loss * (share * batch.counted / samples)).backward()
-            preds.append(pred.detach())
-            mean = mean + loss.detach() * share
+            weighted = partial(self._weighted, share * batch.counted / place.samples)
+            part = Part(inputs, targets, place.epoch, place.update, autocast, weighted)
+            pred, loss = self.objective(engine, part)
+            preds.append(pred)
+            mean = mean + loss * share
         return torch.cat(preds) if len(preds) > 1 else preds[0], torch.as_tensor(mean)
+
+    def _weighted(self, weight: float, loss: Tensor) -> Tensor:
+        """Return a part's mean loss as it enters the update's gradient."""
+        scaled: Tensor = self.scaler.scale(loss * weight)
+        return scaled
 
     def _divided(self, batch: _Batch) -> list[tuple[Tensor, Tensor]]:
         pieces = min(self.pieces, len(batch.inputs))

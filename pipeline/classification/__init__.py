@@ -1,0 +1,1 @@
+"""Classifiers of photographs: insect pests, and training over several scales."""
