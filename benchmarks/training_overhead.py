@@ -98,6 +98,7 @@ def _workflow(data: Path, folder: Path, options: argparse.Namespace) -> Any:
             "max_epochs": 1,
             "val_interval": 2,
             "batch_size": options.batch_size,
+            "effective_batch_size": options.batch_size,
             "patch_size": [options.patch_px, options.patch_px],
             "patches_per_image": -(-(options.steps + WARM_UP + 1) * options.batch_size // 4),
             "depths": options.depths,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
@@ -80,6 +80,31 @@ class RunningConfig:
         if found not in self._parser:
             raise ConfigurationError(f"{id}: no such id in the running configuration")
         return _Walk(self._parser, expand=True).value(found)
+
+    def maker(self, id: str, leave_out: Sequence[str] = ()) -> Callable[..., Any]:
+        """Return a function that builds the definition `id` anew at every call.
+
+        Args:
+            id: of a definition, such as `network_def`.
+            leave_out: arguments that the call gives, or that do not matter.
+
+        Raises:
+            ConfigurationError: there is no such id, or an argument is not plain.
+
+        Example:
+            `make = running_config().maker('optimizer', leave_out=['params'])`, then
+            `make(network.parameters())`.
+        """
+        text = {key: value for key, value in self.plain(id).items() if key not in leave_out}
+        for key, value in text.items():
+            if _is_open(value):
+                raise ConfigurationError(
+                    f"{id}::{key} is {value}, which has no plain value to build another {id} "
+                    "from; write a number, a text or a list"
+                )
+        parser = type(self._parser)({"made": {**text, "_mode_": "callable"}})
+        made: Callable[..., Any] = parser.get_parsed_content("made")
+        return made
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration with what is plain resolved, everything else as written.

@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("real_data")
         if parallel:
             given = item.callspec.params if hasattr(item, "callspec") else {}
-            group = given["bundle"].name if "bundle" in given else item.nodeid.partition("::")[0]
+            bundle = given.get("bundle")
+            group = getattr(bundle, "name", None) or item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(group))
 
 

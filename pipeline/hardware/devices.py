@@ -7,8 +7,10 @@ so that a broken torch becomes a line in the report.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -48,8 +50,11 @@ def probe_devices() -> list[DeviceReport]:
     import torch
 
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    names += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
         names.append("mps")
+    if _directml() is not None:
+        names.append("dml")
     return [_report(name) for name in [*names, "cpu"]]
 
 
@@ -57,8 +62,8 @@ def choose_device(request: str | None = None) -> torch.device:
     """Return the device to use.
 
     Args:
-        request: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` (also None): the first GPU that computes,
-            else the CPU.
+        request: `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`, `dml` for DirectML, or `auto` (also None):
+            the first GPU that computes, else the CPU; the log tells why others do not.
 
     Raises:
         ConfigurationError: the device asked for is unknown or does not compute.
@@ -73,14 +78,16 @@ def choose_device(request: str | None = None) -> torch.device:
     if text == "cpu":
         return torch.device("cpu")  # nothing to prove, and torch would not run without it
     if text == "auto":
-        usable = next(report for report in probe_devices() if report.usable or report.name == "cpu")
-        logger.info("device %s (%s)", usable.name, usable.title)
-        return torch.device(usable.name)
+        for report in probe_devices():
+            if report.usable or report.name == "cpu":
+                logger.info("device %s (%s)", report.name, report.title)
+                return _device(report.name)
+            logger.warning("device %s (%s) is left out: %s", report.name, report.title, report.note)
     try:
-        device = torch.device(text)
+        device = _device(text)
     except RuntimeError:
         raise ConfigurationError(
-            f"device {request!r} is not a device: expected cpu, cuda, cuda:0, mps or auto"
+            f"device {request!r} is not a device: expected cpu, cuda, cuda:0, xpu, mps, dml or auto"
         ) from None
     problem = _problem(device)
     if problem:
@@ -96,19 +103,65 @@ def memory_bytes() -> int:
     return available_bytes()
 
 
-def _report(name: str) -> DeviceReport:
+def _device(name: str) -> torch.device:
+    """Return the device that `name` stands for.
+
+    Raises:
+        ConfigurationError: DirectML is asked for and not installed.
+        RuntimeError: torch knows no such device.
+    """
     import torch
 
-    device = torch.device(name)
+    if name != "dml":
+        return torch.device(name)
+    directml = _directml()
+    if directml is None:
+        raise ConfigurationError(
+            "device dml asked for, and torch_directml does not import; pip install torch-directml, "
+            "which needs Windows or WSL, or use --device auto"
+        )
+    found: torch.device = directml.device()
+    return found
+
+
+def _directml() -> ModuleType | None:
+    """Return torch_directml where it is installed and fits this torch."""
+    try:
+        return importlib.import_module("torch_directml")
+    except (ImportError, OSError) as error:
+        logger.debug("no DirectML: %s", error)
+        return None
+
+
+def _report(name: str) -> DeviceReport:
+    device = _device(name)
     problem = _problem(device)
-    memory: int | None = None
-    title = "Apple GPU" if device.type == "mps" else f"{psutil.cpu_count()} cores"
-    if device.type == "cpu":
-        memory = memory_bytes()
-    elif device.type == "cuda":
-        title = torch.cuda.get_device_name(device)
-        memory = torch.cuda.mem_get_info(device)[0] if not problem else None
-    return DeviceReport(name, title, not problem, memory, problem)
+    memory = memory_bytes() if device.type == "cpu" else None
+    if device.type in ("cuda", "xpu") and not problem:
+        memory = _free_bytes(device)
+    return DeviceReport(name, _title(device), not problem, memory, problem)
+
+
+def _title(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    titles = {"cpu": f"{psutil.cpu_count()} cores", "mps": "Apple GPU"}
+    return titles.get(device.type, "DirectML device")
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(torch.xpu.mem_get_info(device)[0])
+    except RuntimeError:  # integrated GPUs and older drivers do not tell
+        return None
 
 
 def _problem(device: torch.device) -> str:
@@ -117,8 +170,10 @@ def _problem(device: torch.device) -> str:
 
     if device.type == "cuda" and not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return f"torch sees {torch.cuda.device_count()} CUDA devices"
+    if device.type in ("cuda", "xpu"):
+        count = (torch.cuda if device.type == "cuda" else torch.xpu).device_count()
+        if (device.index or 0) >= count:
+            return f"torch sees {count} {device.type.upper()} devices"
     if device.type == "mps" and not torch.backends.mps.is_available():
         return "this torch or this machine has no MPS"
     try:

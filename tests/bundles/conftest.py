@@ -6,6 +6,7 @@ A new bundle adds one entry to `CASES` and passes the same tests.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -25,6 +26,9 @@ from pipeline.data.writers import write_png
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
 
+SLIDING_WINDOW = "pipeline.inference.sliding_window.SlidingWindow"
+
+
 @dataclass(frozen=True)
 class Case:
     """What differs between bundles: how to make a run of seconds, and what it leaves.
@@ -42,12 +46,16 @@ class Case:
         figures: of an epoch's `val`, without the prefix `val_`, and of an evaluated image.
         score: quality between 0 and 1 of the loaded bundle on a phantom it has not seen.
         least_score: what the shipped weights reach at least.
-        mask: suffix of the masks that evaluation writes.
+        mask: suffix of the predictions that evaluation writes, None where tables hold them.
         pooled: whether evaluation has figures pooled over the images.
         pictures: whether training draws pictures at its best epoch.
         chosen: the figure that validation chooses and evaluation and inference use.
         unbeatable: a value of the monitored figure that no epoch reaches.
         loader: what gives the inputs of an inference run.
+        inferer: what runs the network over an input.
+        validate_inferer: what runs it in validation.
+        results_have_pictures: whether inference draws one per input.
+        content: what of a result is the same whenever it is made.
     """
 
     training: Mapping[str, Any]
@@ -62,12 +70,16 @@ class Case:
     figures: tuple[str, ...]
     score: Callable[[Any], float]
     least_score: float
-    mask: str = ".png"
+    mask: str | None = ".png"
     pooled: bool = True
     pictures: bool = True
     chosen: str = "threshold"
     unbeatable: float = 1.5
     loader: str = "pipeline.inference.accepted.AcceptedLoader"
+    inferer: str = SLIDING_WINDOW
+    validate_inferer: str = SLIDING_WINDOW
+    results_have_pictures: bool = True
+    content: Callable[[Path], Any] = Path.read_bytes
 
 
 def _truncate(path: Path) -> None:
@@ -171,13 +183,94 @@ def _oct_score(bundle: Any) -> float:
     return 1 / (1 + float(np.mean(np.abs(errors))))
 
 
+def _insect_dataset(folder: Path) -> Path:
+    from pipeline.classification.phantom import write_phantom_dataset
+
+    counts = {"train": 6, "val": 4, "test": 2}
+    return write_phantom_dataset(
+        folder, counts, classes=2, imbalance=1, size_px=48, layout="folders"
+    )
+
+
+def _insect_inputs(folder: Path) -> list[str]:
+    from pipeline.classification.phantom import insect_phantom
+
+    names = ["left/insect.png", "right/insect.png"]  # equal names in two folders
+    for seed, name in enumerate(names):
+        write_png(folder / name, insect_phantom(seed, label=seed, size_px=48 + 16 * seed).image)
+    return names
+
+
+def _insect_result(result: Path, source: Path) -> None:
+    said = json.loads(result.read_text(encoding="utf-8"))
+    assert said["top"][0]["class"] == said["class"]
+    assert 0 < said["probability"] <= 1
+
+
+def _guesses(result: Path) -> Any:
+    return json.loads(result.read_text(encoding="utf-8"))["top"]
+
+
+def _insect_score(bundle: Any) -> float:
+    """Return the accuracy on drawn insects of six classes."""
+    from pipeline.classification.phantom import insect_phantom
+
+    drawn = [insect_phantom(seed=90_000 + n, label=n % 6, size_px=160) for n in range(24)]
+    return float(np.mean([bundle(d.image)["pred"].argmax() == d.label for d in drawn]))
+
+
+_CLASSIFIER: dict[str, Any] = {
+    "overlay": ("efficientnet_b0", {}),
+    "make_dataset": _insect_dataset,
+    "training_inputs": "train/*/*.jpg",
+    "make_inputs": _insect_inputs,
+    "spoil_input": _truncate,
+    "results": (".json",),
+    "check_result": _insect_result,
+    "content": _guesses,
+    "figures": ("nll",),
+    "score": _insect_score,
+    "mask": None,
+    "pictures": False,
+    "results_have_pictures": False,
+    "chosen": "temperature",
+    "inferer": "pipeline.inference.whole_images.WholeImages",
+}
+
 CASES = {
+    "insect_pests": Case(
+        training={
+            "manifest": "image_folders",
+            "max_epochs": 2,
+            "batch_size": 2,
+            "effective_batch_size": 2,
+            "threads": 1,
+        },
+        frame={"image_size_px": 32},
+        least_score=0.6,
+        validate_inferer="SimpleInferer",
+        **_CLASSIFIER,
+    ),
+    "multiscale_classifier": Case(
+        training={
+            "max_epochs": 2,
+            "batch_size": 2,
+            "effective_batch_size": 2,
+            "threads": 1,
+        },
+        frame={"scales": [48, 32], "evaluation_scale": 48},
+        least_score=0.6,
+        unbeatable=-1.0,
+        validate_inferer="pipeline.classification.scale_validation.ScalesInferer",
+        **_CLASSIFIER,
+    ),
     "oct_layers": Case(
         training={
             "max_epochs": 2,
             "val_interval": 1,
             "patches_per_bscan": 2,
             "batch_size": 2,
+            "effective_batch_size": 2,
             "patch_columns": 48,
             "threads": 1,
         },
@@ -205,6 +298,7 @@ CASES = {
             "val_interval": 1,
             "patches_per_volume": 1,
             "batch_size": 2,
+            "effective_batch_size": 2,
             "patch_size": [16, 16, 16],
             "roi_size": [32, 32, 32],
             "thresholds": [0.3, 0.5],
@@ -231,6 +325,7 @@ CASES = {
             "val_interval": 1,
             "patches_per_image": 2,
             "batch_size": 2,
+            "effective_batch_size": 2,
             "patch_size": [64, 64],
             "image_log_frequency": 1,
             "threads": 1,

@@ -204,7 +204,7 @@ def test_every_overlay_builds_a_network_that_takes_what_preprocessing_gives(comb
     preprocessing = parser.get_parsed_content("preprocessing")
     image = preprocessing({"image": read_image(tmp_path / name)})["image"]
     with torch.device("meta"):
-        network = parser.get_parsed_content("network_def")
+        network = parser.get_parsed_content("network_def").eval()
         output = network(torch.empty((1, *image.shape)))
     metadata = read_config(bundle.root / "configs" / "metadata.json")
     pred = metadata["network_data_format"]["outputs"]["pred"]

@@ -38,7 +38,7 @@ def test_a_run_of_two_processes_leaves_one_set_of_files_that_one_process_resumes
 
     log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
     assert log.count("epoch 1/1") == 1
-    assert "2 samples per step" in log
+    assert "batch 2 = 1 x 1 x 2" in log
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     events = [path for path in (tmp_path / "run" / "tensorboard").iterdir() if path.is_file()]
     assert len(events) == 1

@@ -30,12 +30,23 @@ LEVELS = {
     "configs": 5,
     "definitions": 5,
     "running_config": 5,
+    "training_plan": 6,
     "commands": 5,
     "arguments": 6,
-    "bundles": 6,
-    "crossvalidation": 7,
-    "cli": 8,
-    "__main__": 9,
+    "network_files": 5,
+    "reports": 5,
+    "resolving": 6,
+    "terminal": 7,
+    "examples": 7,
+    "bundles": 7,
+    "crossvalidation": 8,
+    "demo": 8,
+    "dry_run": 8,
+    "exporting": 8,
+    "bundle_verbs": 9,
+    "data_verbs": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 DOMAINS = frozenset(room for room, level in LEVELS.items() if level == LEVELS["fundus"])
 
@@ -55,6 +66,18 @@ NUMPY_ONLY = (
     "fundus/metrics.py",
     "fundus/morphometry.py",
     "fundus/phantom*.py",
+    *(
+        f"classification/{name}.py"
+        for name in (
+            "block_splits",
+            "cases",
+            "class_names",
+            "metrics",
+            "phantom*",
+            "photographs",
+            "pictures",
+        )
+    ),
     *(
         f"vesuvius/{name}.py"
         for name in (

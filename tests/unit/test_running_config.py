@@ -125,3 +125,18 @@ def test_circles_of_references_end():
     )
     assert parser.get_parsed_content("text") in ("@a", "@b")
     assert parser.get_parsed_content("d") == {"text": "$@d"}
+
+
+def test_a_maker_builds_a_new_object_each_time_with_what_the_call_gives():
+    parser = parser_of(**NETWORK, make="$running_config().maker('network_def', ['in_features'])")
+    make = parser.get_parsed_content("make")
+    assert make(3).weight.shape == (9, 3)
+    assert make(3) is not make(3)
+
+
+def test_a_maker_says_which_argument_has_no_plain_value():
+    parser = parser_of(device="$torch.device('cpu')", thing={"_target_": "dict", "at": "@device"},
+                       make="$running_config().maker('thing')")  # fmt: skip
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("make")
+    assert "thing::at" in str(lamina_cause(caught.value))
