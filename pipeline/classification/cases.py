@@ -13,10 +13,10 @@ from typing import Any
 
 from pipeline.classification.class_names import Classes, classes_of
 from pipeline.classification.phantom import write_phantom_dataset
-from pipeline.classification.photographs import read_photograph
 from pipeline.data.cases import Cases, found
 from pipeline.data.folds import split_samples
 from pipeline.data.manifests import Manifest, find_samples, load_manifest
+from pipeline.data.photographs import read_photograph
 from pipeline.data.samples import Sample
 from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
 

@@ -19,7 +19,7 @@ from monai.transforms import MapTransform, Randomizable
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.classification.photographs import read_photograph, rgb
+from pipeline.data.photographs import read_photograph, rgb_photograph
 from pipeline.errors import ConfigurationError
 
 __all__ = ["LoadRGBd", "RandColourJitterd", "RandResizedCropd", "ResizeShorterSided"]
@@ -50,7 +50,9 @@ class LoadRGBd(MapTransform):
         for key in self.key_iterator(case):
             given = case[key]
             is_path = isinstance(given, str | Path)
-            pixels = read_photograph(given) if is_path else rgb(np.asarray(given), str(key))
+            pixels = (
+                read_photograph(given) if is_path else rgb_photograph(np.asarray(given), str(key))
+            )
             tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
             name = str(given) if is_path else str(key)
             case[key] = MetaTensor(tensor, meta={"filename_or_obj": name})

@@ -57,6 +57,7 @@ def freeze(
         "image": manifest.image,
         "intensity": manifest.intensity,
         "labels": manifest.labels,
+        "classes": manifest.classes or None,
         "subject": manifest.subject,
         "stratum": manifest.stratum,
         "validation": manifest.validation or None,
@@ -81,6 +82,7 @@ def _record(sample: Sample, fold: int | None) -> Mapping[str, Any]:
         "subject": sample.subject,
         "split": sample.split,
         "stratum": sample.stratum,
+        "category": sample.category,
         "fold": fold,
         "files": {role: _file(path, sample.root) for role, path in sample.roles.items()},
     }

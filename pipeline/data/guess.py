@@ -19,6 +19,8 @@ __all__ = ["guess_manifest"]
 
 # From the most particular layout to the most general: the first that finds labelled images wins.
 _KNOWN = ("drive", "chase_db1", "stare", "hrf", "les_av", "fives", "vessel_pairs")
+_CLASSES = ("ip102", "split_lists", "image_table")
+_CLASS_IN_SPLIT = re.compile(r"(train|val|test)/[^/]+/")
 _IMAGE_FOLDERS = ("image", "images", "img", "imgs", "original", "photos", "input", "inputs")
 _LABEL_FOLDERS = (
     "label", "labels", "mask", "masks", "manual", "manual1", "1st_manual", "gt", "groundtruth",
@@ -45,12 +47,17 @@ def guess_manifest(dataset_dir: Path | str) -> dict[str, Any]:
     for name in _KNOWN:
         if _fits(name, root):
             return _content(name)
+    for name in _CLASSES:
+        if _fits(name, root):
+            return _content(name)
     paths = image_paths(root) if root.is_dir() else []
     if not paths:
         raise InputError(
             f"{root}: no images found; expected {', '.join(IMAGE_SUFFIXES[:6])} or the like"
         )
     files = _pairs(paths)
+    if not files and any(map(_CLASS_IN_SPLIT.match, paths)) and _fits("image_folders", root):
+        return _content("image_folders")
     if not files:
         return _content("images")
     content = _content("vessel_pairs")
@@ -67,7 +74,7 @@ def _fits(name: str, root: Path) -> bool:
         return True  # the layout, with files missing: the check will list them
     except LaminaError:
         return False
-    return any(sample.label is not None for sample in samples)
+    return any(sample.label is not None or sample.category is not None for sample in samples)
 
 
 def _content(name: str) -> dict[str, Any]:

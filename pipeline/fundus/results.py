@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from skimage.transform import resize
 
 from pipeline.data.images import read_image
+from pipeline.data.photographs import rgb_photograph
 from pipeline.data.writers import write_png
 from pipeline.fundus.evaluation import VesselMetrics
 from pipeline.fundus.metrics import summarise
 from pipeline.fundus.morphometry import vessel_calibre
-from pipeline.fundus.transforms import rgb_photograph
 from pipeline.inference.batch import BatchRun
 from pipeline.inference.evaluation_tables import EvaluationFolder, items_of
 

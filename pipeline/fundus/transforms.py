@@ -23,6 +23,7 @@ from skimage.exposure import equalize_adapthist
 
 from pipeline.data.images import read_image
 from pipeline.data.labels import AUTO, label_classes
+from pipeline.data.photographs import rgb_photograph
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.fundus.fov import derive_fov
 
@@ -34,41 +35,9 @@ __all__ = [
     "SelectChannelsd",
     "ZeroIgnoredd",
     "ZeroOutsided",
-    "rgb_photograph",
 ]
 
 IGNORE_LABEL = 255
-
-
-def rgb_photograph(pixels: NDArray[Any], source: str | Path = "image") -> NDArray[np.float32]:
-    """Return a photograph as RGB `(H, W, 3)` between 0 and 1.
-
-    Args:
-        pixels: `(H, W)` grey, `(H, W, 1)`, `(H, W, 3)` RGB or `(H, W, 4)` RGBA, whose alpha is
-            dropped; 8- or 16-bit integers over their full range, or floats between 0 and 1.
-        source: named in errors.
-
-    Raises:
-        InputError: another shape or type, or values that are not finite.
-    """
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
-        raise InputError(
-            f"{source}: found shape {pixels.shape}, expected a photograph (H, W, 1, 3 or 4)"
-        )
-    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
-    if pixels.dtype in (np.uint8, np.uint16):
-        return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise InputError(
-            f"{source}: found {pixels.dtype}, expected uint8, uint16 or floats in [0, 1]"
-        )
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise InputError(
-            f"{source}: floats must lie in [0, 1]; found NaN, infinity or other values"
-        )
-    return pixels.astype(np.float32)
 
 
 class LoadFundusd(MapTransform):

@@ -396,3 +396,11 @@ def test_the_bundle_is_found_from_anywhere(bundle, place, monkeypatch, tmp_path)
 def test_no_key_stands_twice_in_metadata(bundle):
     metadata = bundle.root / "configs" / "metadata.json"
     assert read_config(metadata) == json.loads(metadata.read_text(encoding="utf-8"))
+
+
+def test_training_is_planned_for_the_machine_by_default(bundle):
+    config = read_config(bundle.root / "configs" / "train.yaml")
+    planned = ("batch_size", "accumulation_steps", "precision", "memory_efficient", "num_workers")
+    assert {id: config[id] for id in planned} == dict.fromkeys(planned, "auto")
+    assert config["effective_batch_size"] == config["reference_batch_size"]
+    assert config["plan"]["_target_"] == "pipeline.training_plan.training_plan"

@@ -74,7 +74,6 @@ NUMPY_ONLY = (
             "class_names",
             "metrics",
             "phantom*",
-            "photographs",
             "pictures",
         )
     ),

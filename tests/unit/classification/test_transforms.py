@@ -22,13 +22,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.classification.photographs import read_photograph, rgb
 from pipeline.classification.transforms import (
     LoadRGBd,
     RandColourJitterd,
     RandResizedCropd,
     ResizeShorterSided,
 )
+from pipeline.data.photographs import read_photograph, rgb_photograph
 from pipeline.data.writers import write_png, write_tiff
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.training.ordering import KeyedDataset
@@ -107,7 +107,7 @@ def test_a_stack_is_no_photograph(tmp_path: Path) -> None:
 )
 def test_values_of_another_kind_are_refused(pixels: NDArray[Any]) -> None:
     with pytest.raises(InputError, match=r"^x\.png: found"):
-        rgb(pixels, "x.png")
+        rgb_photograph(pixels, "x.png")
 
 
 def test_loading_takes_paths_and_arrays(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LAYOUTS = {
     "les_av": ["images/12.png", "vessel-segmentations/12.png"],
     "fives": ["train/Original/1_A.png", "train/Ground truth/1_A.png"],
     "vessel_pairs": ["train/image/x.png", "train/label/x.png", "test/image/y.png"],
+    "image_folders": ["train/ant/x.png", "train/bee/y.png", "val/ant/z.png"],
     "images": ["a/x.png", "b/y.tif"],
 }
 PAIRS = {

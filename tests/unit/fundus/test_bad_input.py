@@ -107,7 +107,7 @@ def test_inference_takes_a_photograph_with_alpha_or_in_grey(data: Path, mode: st
 
 
 def test_every_depth_gives_the_same_photograph(data: Path) -> None:
-    from pipeline.fundus.transforms import rgb_photograph
+    from pipeline.data.photographs import rgb_photograph
 
     pixels = np.asarray(Image.open(data / IMAGE))
     expected = rgb_photograph(pixels)

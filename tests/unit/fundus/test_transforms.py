@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, DivisiblePadd, Invertd
 from numpy.typing import NDArray
 
+from pipeline.data.photographs import rgb_photograph
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.fundus.transforms import (
     IgnoreOutsided,
@@ -20,7 +21,6 @@ from pipeline.fundus.transforms import (
     SelectChannelsd,
     ZeroIgnoredd,
     ZeroOutsided,
-    rgb_photograph,
 )
 
 
@@ -166,11 +166,11 @@ def test_an_empty_fov_is_refused(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
         (np.zeros((4, 4, 4, 4), np.uint8), "shape"),
         (np.zeros((4, 4), np.int32), "int32"),
-        (np.full((4, 4), np.nan), "NaN"),
-        (np.full((4, 4), 200.0), "floats must lie"),
+        (np.full((4, 4), np.nan), "not finite"),
+        (np.full((4, 4), 200.0), "outside"),
     ],
 )
 def test_what_is_no_photograph_is_refused(pixels: NDArray[Any], message: str) -> None:

@@ -15,7 +15,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pipeline.data.images import read_image_and_header
 from pipeline.errors import InputError
 
-__all__ = ["read_photograph", "rgb", "upright"]
+__all__ = ["read_photograph", "rgb_photograph", "upright"]
 
 _ORIENTATION = 0x0112
 # The classes themselves: Image.open has a pixel limit of its own.
@@ -39,10 +39,10 @@ def read_photograph(path: Path | str) -> NDArray[np.float32]:
     pixels, header = read_image_and_header(path)
     if header.pages > 1:
         raise InputError(f"{path}: {header.pages} pages, expected one image; split the file")
-    return upright(rgb(pixels, path), _orientation(Path(path), header.format))
+    return upright(rgb_photograph(pixels, path), _orientation(Path(path), header.format))
 
 
-def rgb(pixels: NDArray[Any], source: Path | str = "image") -> NDArray[np.float32]:
+def rgb_photograph(pixels: NDArray[Any], source: Path | str = "image") -> NDArray[np.float32]:
     """Return pixels as RGB `(H, W, 3)` between 0 and 1.
 
     Args:
@@ -58,7 +58,7 @@ def rgb(pixels: NDArray[Any], source: Path | str = "image") -> NDArray[np.float3
         pixels = pixels[..., None]
     if pixels.ndim != 3 or not 1 <= pixels.shape[-1] <= 4 or 0 in pixels.shape:
         raise InputError(
-            f"{source}: found shape {pixels.shape}, expected an image (H, W, 1 to 4 channels)"
+            f"{source}: found shape {pixels.shape}, expected a photograph (H, W, 1 to 4 channels)"
         )
     coloured = pixels.shape[-1] >= 3
     pixels = pixels[..., :3] if coloured else np.repeat(pixels[..., :1], 3, axis=-1)
