@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.errors import ConfigurationError, InputError
+from pipeline.errors import ConfigurationError
+from pipeline.report.class_scores import score_difference, score_interval
+from pipeline.report.directions import lower_is_better
 from pipeline.report.intervals import CONFIDENCE, RESAMPLES, bootstrap_interval
-from pipeline.report.page import format_value
-from pipeline.report.run_files import read_yaml
+from pipeline.report.measures import FOLDS_FILE, Measure, fold_figures, read_measures
+from pipeline.report.values import format_value
 
 __all__ = [
     "FOLDS_FILE",
@@ -24,30 +24,6 @@ __all__ = [
     "fold_figures",
     "read_measures",
 ]
-
-FOLDS_FILE = "folds.yaml"
-
-_FOLD_FOLDER = re.compile(r"fold_(\d+)")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric of one run.
-
-    Args:
-        value: the figure itself; the mean where there are `values`.
-        unit: what `values` are of; empty where only the figure is known.
-        values: the figure of each image or fold that has one.
-        origin: two measures with values of the same names are of the same images or folds only
-            where this is equal too; empty where it is not known.
-        note: what a reader should know, such as the epoch.
-    """
-
-    value: float
-    unit: Literal["image", "fold", ""] = ""
-    values: Mapping[str, float] = field(default_factory=dict)
-    origin: str = ""
-    note: str = ""
 
 
 def compare_runs(
@@ -64,8 +40,10 @@ def compare_runs(
     Returns:
         `runs`, `confidence`, `resamples`, `seed` and `rows`: per metric and run `metric`, `run`,
         `unit`, `n`, `mean`, `low` and `high` (interval of the mean over images), `sd` (over images
-        or folds), `note`, and `difference` to the first run where it has the same images or folds:
-        `n`, `mean`, `low`, `high`, `sd` of what remains when its figure is subtracted one by one.
+        or folds), `lower_is_better` (None where the name does not tell), `note`, and `difference`
+        to the first run where it has the same images or folds: `n`, `mean`, `low`, `high`, `sd` of
+        what remains when its figure is subtracted one by one, and `verdict`: `better` or `worse`
+        where the interval is on one side of 0.
 
     Raises:
         InputError: a folder is absent or none of the three.
@@ -85,9 +63,12 @@ def compare_runs(
         for name, measures in zip(names, found, strict=True):
             if metric in measures:
                 row = {"metric": metric, "run": name, **_row(measures[metric], seed)}
+                row["lower_is_better"] = lower_is_better(metric)
                 first = found[0].get(metric)
                 if first is not None and measures is not found[0]:
                     row["difference"] = _difference(measures[metric], first, seed)
+                    if row["difference"]:
+                        row["difference"]["verdict"] = _verdict(row)
                     if row["unit"] and row["difference"] is None:
                         row["note"] = f"{row['note']} other {row['unit']}s than the first".strip()
                 rows.append(row)
@@ -111,7 +92,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
             value = difference.get("mean")
             sd = f"sd {difference.get('sd', 0):.4f}" if row["unit"] == "fold" else "-"
             cells.append("-" if value is None else f"{value:+.4f}")
-            cells.append("-" if value is None else (_interval(difference, sign="+") or sd))
+            spread = _interval(difference, sign="+") or sd
+            cells.append("-" if value is None else f"{spread} {difference['verdict']}".rstrip())
         lines.append([*(cell or "-" for cell in cells), row["note"]])
     columns = list(zip(*lines, strict=True))
     told = [column for column in columns if set(column[1:]) - {"-", ""}] or columns
@@ -125,144 +107,15 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     return "\n".join([*_aligned(lines), *notes])
 
 
-def read_measures(folder: Path) -> dict[str, Measure]:
-    """Return the metrics of a training, an evaluation or a cross-validation by their names.
-
-    Figures of validation have the names of `metrics_history.yaml`, at the best epoch; those of an
-    evaluation have the split before them: `test dice` is the mean over the images, and
-    `test dice, pooled` counts all pixels as one image. A training has those of its evaluations too.
-
-    Raises:
-        InputError: there is nothing to compare in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give folders of runs, evaluations or folds")
-    if (folder / "test_metrics.yaml").exists() or (folder / "per_image_metrics.yaml").exists():
-        return _evaluated(folder)
-    folds = _fold_folders(folder)
-    if folds and not (folder / "metrics_history.yaml").exists():
-        return _over_folds(folder, folds)
-    measures = _trained(folder)
-    for path in sorted((folder / "evaluation").glob("*/test_metrics.yaml")):
-        measures |= _evaluated(path.parent)
-    if not measures:
-        raise InputError(
-            f"{folder}: nothing to compare; expected the folder of a run (metrics_history.yaml "
-            "with a validated epoch), of an evaluation (test_metrics.yaml) or of folds (fold_0)"
-        )
-    return measures
-
-
-def fold_figures(folder: Path) -> dict[str, Any]:
-    """Return `metric`, `best`, `best_epoch` and `epochs` of a training; None where unknown.
-
-    The metric is the one that the run chose its best epoch by.
-    """
-    history = _history(folder)
-    config = read_yaml(folder / "config.yaml")
-    stopping = config.get("early_stopping") if isinstance(config, Mapping) else None
-    metric = stopping.get("monitor") if isinstance(stopping, Mapping) else None
-    best = _best(history)
-    return {
-        "metric": metric,
-        "best": _finite((best.get("val") or {}).get(metric)) if best else None,
-        "best_epoch": best["epoch"] if best else None,
-        "epochs": history[-1]["epoch"] if history else 0,
-    }
-
-
-def _trained(folder: Path) -> dict[str, Measure]:
-    best = _best(_history(folder))
-    if best is None:
-        return {}
-    note = f"best epoch {best['epoch']}"
-    figures = {key: _finite(value) for key, value in (best.get("val") or {}).items()}
-    return {key: Measure(value, note=note) for key, value in figures.items() if value is not None}
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    history = read_yaml(folder / "metrics_history.yaml") or []
-    if not isinstance(history, list) or not all(
-        isinstance(entry, dict) and "epoch" in entry for entry in history
-    ):
-        raise InputError(
-            f"{folder / 'metrics_history.yaml'}: expected a list of epochs, as a run writes it"
-        )
-    return history
-
-
-def _best(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((entry for entry in reversed(history) if entry.get("new_best")), None)
-
-
-def _evaluated(folder: Path) -> dict[str, Measure]:
-    totals = _mapping(folder / "test_metrics.yaml")
-    split = str(totals.get("split") or "test")
-    origin = str(totals.get("manifest") or "")
-    if "dataset_dir" in totals and totals["dataset_dir"] is None:
-        origin = f"phantom of {folder.resolve()}"  # drawn for this run: its names say nothing
-    measures: dict[str, Measure] = {}
-    for name, value in (totals.get("average_metrics") or {}).items():
-        if (number := _finite(value)) is not None:
-            measures[f"{split} {name}"] = Measure(number)
-    for name, values in _per_image(folder / "per_image_metrics.yaml").items():
-        mean = math.fsum(values.values()) / len(values)
-        measures[f"{split} {name}"] = Measure(mean, "image", values, origin)
-    for name, value in (totals.get("pooled_metrics") or {}).items():
-        if (number := _finite(value)) is not None:
-            measures[f"{split} {name}, pooled"] = Measure(number)
-    return measures
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    content = read_yaml(path) or {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of metrics, as `evaluate` writes it")
-    return content
-
-
-def _per_image(path: Path) -> dict[str, dict[str, float]]:
-    """Return metric -> image -> figure; an image where the metric is not defined is left out."""
-    rows = read_yaml(path) or []
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and "image" in row for row in rows
-    ):
-        raise InputError(f"{path}: expected a list of images, as `evaluate` writes it")
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name != "image" and (number := _finite(value)) is not None:
-                found.setdefault(name, {})[str(row["image"])] = number
-    return found
-
-
-def _fold_folders(folder: Path) -> dict[int, Path]:
-    numbered = ((_FOLD_FOLDER.fullmatch(path.name), path) for path in folder.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in numbered if match))
-
-
-def _over_folds(folder: Path, folds: Mapping[int, Path]) -> dict[str, Measure]:
-    """Return mean and values over the folds that are done, as far as `folds.yaml` tells."""
-    summary = _mapping(folder / FOLDS_FILE)
-    status = {entry["fold"]: entry["status"] for entry in summary.get("runs", ())}
-    done = {k: path for k, path in folds.items() if status.get(k, "done") == "done"}
-    left_out = len(set(folds) | set(status)) - len(done)
-    note = f"{left_out} more not done" if left_out else ""
-    identity = [summary.get(key) for key in ("manifest", "count", "seed")]
-    origin = " ".join(map(str, identity)) if summary else ""
-    found: dict[str, dict[str, float]] = {}
-    for number, path in done.items():
-        for name, measure in read_measures(path).items():
-            found.setdefault(name, {})[str(number)] = measure.value
-    return {
-        name: Measure(math.fsum(values.values()) / len(values), "fold", values, origin, note)
-        for name, values in found.items()
-    }
-
-
 def _row(measure: Measure, seed: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"unit": measure.unit, "n": len(measure.values) or None}
+    count = len(measure.values) or len(measure.said)
+    row: dict[str, Any] = {"unit": measure.unit, "n": count or None}
     row |= {"mean": measure.value, **_spread(measure.unit, list(measure.values.values()), seed)}
+    if measure.score:
+        row["low"], row["high"] = score_interval(measure.score, measure.said, seed=seed) or (
+            None,
+            None,
+        )
     if measure.unit == "fold":
         row["values"] = dict(measure.values)
     return row | {"note": measure.note, "difference": None}
@@ -270,8 +123,14 @@ def _row(measure: Measure, seed: int) -> dict[str, Any]:
 
 def _difference(measure: Measure, first: Measure, seed: int) -> dict[str, Any] | None:
     """Return the paired difference, None where the images or folds are not the same ones."""
-    common = sorted(measure.values.keys() & first.values.keys())
     same = measure.unit == first.unit and measure.origin == first.origin != ""
+    if same and measure.score:
+        found = score_difference(measure.score, measure.said, first.said, seed=seed)
+        if found is None:
+            return None
+        ends = dict(zip(("mean", "low", "high"), found, strict=True))
+        return {"n": len(measure.said), **ends, "sd": None}
+    common = sorted(measure.values.keys() & first.values.keys())
     if not same or len(common) < 2:
         return None
     values = [measure.values[name] - first.values[name] for name in common]
@@ -279,16 +138,19 @@ def _difference(measure: Measure, first: Measure, seed: int) -> dict[str, Any] |
     return {"n": len(values), "mean": mean, **_spread(measure.unit, values, seed)}
 
 
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Return whether the difference is one beyond chance, and to which side; else nothing."""
+    difference, lower = row["difference"], row["lower_is_better"]
+    if lower is None or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+        return ""
+    return "better" if (difference["mean"] < 0) == lower else "worse"
+
+
 def _spread(unit: str, values: Sequence[float], seed: int) -> dict[str, float | None]:
     """Return the interval over images, none over folds: too few and trained on the same data."""
     interval = bootstrap_interval(values, seed=seed) if unit == "image" else None
     low, high = interval or (None, None)
     return {"low": low, "high": high, "sd": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def _finite(value: Any) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
 
 
 def _interval(row: Mapping[str, Any], sign: str = "") -> str:

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigurationError, InputError
-from pipeline.report.comparison import compare_runs, comparison_text, fold_figures, read_measures
+from pipeline.report.comparison import compare_runs, comparison_text
+from pipeline.report.comparison_page import _short_names, comparison_report
+from pipeline.report.directions import lower_is_better
 from pipeline.report.intervals import bootstrap_interval
+from pipeline.report.measures import fold_figures, read_measures
 
 figures = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30)
 
@@ -252,3 +255,127 @@ def test_a_folder_that_cannot_be_compared_is_named(tmp_path, files, reason):
     with pytest.raises((InputError, ConfigurationError), match=reason) as caught:
         compare_runs([folder])
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("test mae_px", True), ("val_loss", True), ("test nll, pooled", True), ("test ece", True),
+        ("voi_split", True), ("ilm_p95_px", True), ("order_violations", True),
+        ("test dice", False), ("voi_score", False), ("surface_dice", False), ("ilm_ccc", False),
+        ("test top5, pooled", False), ("val_macro_f1_48", False), ("truth_probability", False),
+        ("vessel_density", None), ("ilm_bias_px", None), ("predicted_probability", None),
+        ("temperature", None),
+    ],
+)  # fmt: skip
+def test_a_name_tells_whether_less_is_better(metric, expected):
+    assert lower_is_better(metric) is expected
+
+
+def of_metric(folder: Path, metric: str, values: list[float]) -> Path:
+    folder.mkdir(parents=True)
+    rows = [{"image": str(number), metric: value} for number, value in enumerate(values)]
+    (folder / "per_image_metrics.yaml").write_text(yaml.safe_dump(rows))
+    totals = {"manifest": "m", "average_metrics": {metric: statistics.fmean(values)}}
+    (folder / "test_metrics.yaml").write_text(yaml.safe_dump(totals))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("metric", "step", "verdict"),
+    [
+        ("mae_px", -0.1, "better"), ("mae_px", 0.1, "worse"),
+        ("dice", -0.1, "worse"), ("dice", 0.1, "better"),
+        ("vessel_density", 0.1, ""), ("mae_px", 0.0, ""),
+    ],
+)  # fmt: skip
+def test_less_of_an_error_is_better_and_less_of_a_score_is_worse(tmp_path, metric, step, verdict):
+    values = [0.5, 0.6, 0.8, 0.7]
+    one = of_metric(tmp_path / "one", metric, values)
+    two = of_metric(tmp_path / "two", metric, [value + step for value in values])
+    comparison = compare_runs([one, two])
+    difference = row_of(comparison, f"test {metric}", two)["difference"]
+    assert difference["mean"] == pytest.approx(step)
+    assert difference["verdict"] == verdict
+    assert comparison_text(comparison).splitlines()[2].endswith(verdict or "]")
+
+
+def test_a_difference_within_chance_has_no_verdict(tmp_path):
+    one = of_metric(tmp_path / "one", "mae_px", [0.5, 0.6, 0.8, 0.7])
+    two = of_metric(tmp_path / "two", "mae_px", [0.6, 0.5, 0.9, 0.6])
+    assert row_of(compare_runs([one, two]), "test mae_px", two)["difference"]["verdict"] == ""
+
+
+def classifier(folder: Path, right: list[bool]) -> Path:
+    folder.mkdir(parents=True)
+    rows = []
+    for number, correct in enumerate(right):
+        truth, other = ("ant", "bee") if number % 2 else ("bee", "ant")
+        predicted = truth if correct else other
+        rows.append(
+            {"image": str(number), "truth": truth, "predicted": predicted, "correct": correct}
+        )
+    (folder / "per_image_metrics.yaml").write_text(yaml.safe_dump(rows))
+    pooled = {"accuracy": statistics.fmean(right), "macro_f1": 0.5, "ece": 0.1}
+    totals = {"manifest": "ip102", "split": "test", "pooled_metrics": pooled}
+    (folder / "test_metrics.yaml").write_text(yaml.safe_dump(totals))
+    return folder
+
+
+def test_a_classifiers_accuracy_and_f1_have_intervals_and_paired_differences(tmp_path):
+    one = classifier(tmp_path / "one", [n % 4 != 0 for n in range(40)])
+    two = classifier(tmp_path / "two", [True] * 40)
+    comparison = compare_runs([one, two])
+    accuracy = row_of(comparison, "test accuracy", one)
+    assert (accuracy["mean"], accuracy["n"]) == (0.75, 40)
+    assert (accuracy["low"], accuracy["high"]) == bootstrap_interval([0.0] * 10 + [1.0] * 30)
+    f1 = row_of(comparison, "test macro_f1, pooled", two)
+    assert (f1["unit"], f1["n"], f1["low"], f1["high"]) == ("image", 40, 1.0, 1.0)
+    for metric in ("test accuracy", "test macro_f1, pooled"):
+        difference = row_of(comparison, metric, two)["difference"]
+        assert difference["verdict"] == "better"
+        assert 0 < difference["low"] <= difference["mean"] <= difference["high"]
+    ece = row_of(comparison, "test ece, pooled", two)
+    assert (ece["lower_is_better"], ece["low"], ece["difference"]) == (True, None, None)
+
+
+def test_classifiers_of_other_images_are_not_paired(tmp_path):
+    one = classifier(tmp_path / "one", [True, False] * 5)
+    two = classifier(tmp_path / "two", [True, False] * 4)
+    row = row_of(compare_runs([one, two]), "test macro_f1, pooled", two)
+    assert row["difference"] is None
+    assert "other images than the first" in row["note"]
+
+
+def test_a_comparison_page_shows_every_run_metric_and_verdict(tmp_path):
+    one = classifier(tmp_path / "runs" / "one" / "test", [n % 4 != 0 for n in range(40)])
+    two = classifier(tmp_path / "runs" / "two" / "test", [True] * 40)
+    text = comparison_report(compare_runs([one, two]), tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 2
+    assert "test macro_f1, pooled, higher is better" in text
+    assert ">one</text>" in text
+    assert ">better</td>" in text
+    assert str(two) in text
+
+
+def test_a_comparison_page_of_folds_or_of_one_run_can_be_made(tmp_path):
+    base = folds(tmp_path / "cv", [0.7, 0.8])
+    text = comparison_report(compare_runs([base]), tmp_path / "report.html").read_text()
+    assert "2 folds" in text
+    single = compare_runs([training(tmp_path / "run")])
+    assert "<svg" in comparison_report(single, tmp_path / "one.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["/r/a/evaluation/test", "/r/b/evaluation/test"], ["a", "b"]),
+        (["/r/a/fold_0", "/r/b/fold_1"], ["a/fold_0", "b/fold_1"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["/r/a"], ["a"]),
+        (["a", "a"], ["a"]),
+        (["."], ["."]),
+    ],
+)
+def test_runs_are_called_by_what_tells_them_apart(runs, names):
+    assert list(_short_names(runs).values()) == names
