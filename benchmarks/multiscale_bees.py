@@ -26,7 +26,6 @@ SIZES = (128, 96, 64, 48)
 MODES = ("single", "joint")
 GOALS = {("joint", 128): 0.96, ("joint", 48): 0.92}
 LEAST_GAIN = 0.04  # of joint over single training at 48 px
-MOST_CPU_S = 480
 
 
 def main() -> None:
@@ -38,7 +37,8 @@ def main() -> None:
                 spent_s, accuracy = _run(options, mode, fold, seed)
                 found[mode].append(accuracy)
                 figures = "  ".join(f"{size} px {accuracy[size]:.4f}" for size in SIZES)
-                print(f"split {fold} seed {seed} {mode:7s} {spent_s:5.0f} CPU s  {figures}", flush=True)
+                run = f"split {fold} seed {seed} {mode:7s} {spent_s:5.0f} CPU s"
+                print(f"{run}  {figures}", flush=True)
     if options.seeds * options.folds > 1:
         _print_table(found)
 

@@ -7,8 +7,8 @@ Both train the same small network on the same phantoms of mixed difficulty, on o
 epochs are set so that both take about the same CPU time, which is printed. Each is scored as the
 competition scores, on five phantoms of each difficulty, by the threshold alone, by its own repair
 and, for the original's network, by the default repair as well; the threshold of every row is the
-one with the best mean score on twelve more phantoms of mixed difficulty. The last table is what the default repair
-changes at one and the same threshold.
+one with the best mean score on twelve more phantoms of mixed difficulty. The last table is what the
+default repair changes at one and the same threshold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ PARTS = ("score", "topology", "surface_dice", "voi_score")
 DIFFICULTIES = ("easy", "medium", "hard")
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ORIGINAL_REPAIR = {"recipe": "original", "max_hole_size": 50, "kernel_size": 2}
-CHAINS = {"threshold": None, "default repair": {}, "original's repair": ORIGINAL_REPAIR}
+CHAINS = {
+    "threshold": None,
+    "default repair": {"smoothing": 1.0},
+    "original's repair": ORIGINAL_REPAIR,
+}
 # What the original's recipe has to leave on a CPU and in volumes of 96 voxels.
 ORIGINAL_ON_CPU = ["--patch_size", "[96, 96, 96]", "--roi_size", "[96, 96, 96]"]
 ORIGINAL_ON_CPU += ["--precision", "float32", "--manifest", "vesuvius_surface"]

@@ -5,6 +5,8 @@
 - `original`: threshold, small components, cavities up to a size, opening and closing by a ball, and
   instances on request, as the project that came before did it. Opening by a ball of 2 removes every
   sheet thinner than four voxels.
+
+Both smooth the probability first where asked to, which may join sheets two or three voxels apart.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from pipeline.errors import ConfigurationError
 from pipeline.vesuvius.binary_morphology import close, open_
@@ -26,7 +29,15 @@ from pipeline.vesuvius.separation import keep_apart, separate_sheets
 from pipeline.vesuvius.sheet_closing import close_sheets
 from pipeline.vesuvius.tunnels import fill_tunnels
 
-__all__ = ["RECIPES", "STEPS", "complete_steps", "default_steps", "original_steps", "recipe_steps"]
+__all__ = [
+    "BEFORE",
+    "RECIPES",
+    "STEPS",
+    "complete_steps",
+    "default_steps",
+    "original_steps",
+    "recipe_steps",
+]
 
 Mask = NDArray[np.bool_]
 
@@ -36,6 +47,13 @@ def threshold(probability: NDArray[np.float32], threshold: float = 0.5) -> Mask:
     if not 0 <= threshold <= 1:
         raise ConfigurationError(f"threshold must be a probability, 0 to 1, got {threshold!r}")
     return probability >= threshold
+
+
+def smooth(probability: NDArray[np.float32], sigma: float = 1.0) -> NDArray[np.float32]:
+    """Return `probability` after a Gaussian of `sigma` voxels: sheets lose pinholes and stubble."""
+    if not sigma >= 0:
+        raise ConfigurationError(f"sigma must be 0 or more voxels, got {sigma!r}")
+    return gaussian_filter(probability, sigma) if sigma else probability
 
 
 def opening(mask: Mask, kernel_size: float = 2) -> Mask:
@@ -66,6 +84,9 @@ STEPS: dict[str, Callable[..., Mask]] = {
 """What a chain can be made of. Merging two components is in the nature of `closing`, and of
 `fill_cavities` where something floats in a cavity; no other step does."""
 
+BEFORE = {"smooth": smooth}
+"""What may stand before the first step: from a probability to a probability."""
+
 _FIRST = ("threshold", "hysteresis")
 
 
@@ -78,6 +99,7 @@ def default_steps(
     separate_instances: bool = False,
     frame: int = 3,
     hole_evidence: float = 0.25,
+    smoothing: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return the chain of the default recipe.
 
@@ -92,11 +114,13 @@ def default_steps(
         frame: voxels cleared at every face: training labels have no sheet there.
         hole_evidence: share of the threshold that the probability has to reach in what fills a
             hole; where it is lower, the sheet is taken to be torn. 0 fills whatever can be filled.
+        smoothing: of the probability before all else, sigma in voxels; 0 leaves it as it is.
     """
     high = (1 + threshold) / 2 if high_threshold is None else high_threshold
     least = hole_evidence * threshold
     small = {"name": "remove_small_components", "min_component_size": min_component_size}
-    steps = [
+    steps: list[dict[str, Any]] = [
+        *_smoothing(smoothing),
         {"name": "hysteresis", "low": threshold, "high": high},
         {"name": "zero_frame", "frame": frame},
         small,
@@ -114,15 +138,21 @@ def default_steps(
     ]
 
 
+def _smoothing(sigma: float) -> list[dict[str, Any]]:
+    return [{"name": "smooth", "sigma": sigma}] if sigma else []
+
+
 def original_steps(
     threshold: float = 0.5,
     min_component_size: float = 100,
     max_hole_size: int | None = 50,
     kernel_size: float = 2,
     separate_instances: bool = False,
+    smoothing: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return the chain of the original project; arguments as in `default_steps`."""
     steps: list[dict[str, Any]] = [
+        *_smoothing(smoothing),
         {"name": "threshold", "threshold": threshold},
         {"name": "remove_small_components", "min_component_size": min_component_size},
         {"name": "fill_cavities", "max_hole_size": max_hole_size},
@@ -160,15 +190,19 @@ def complete_steps(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the steps with all their settings, those not given at their defaults.
 
     Raises:
-        ConfigurationError: a step or a setting is unknown, or a threshold is not the first step and
-            nothing else.
+        ConfigurationError: a step or a setting is unknown, or a threshold is not the first step
+            after smoothing and nothing else.
     """
-    if not steps or steps[0].get("name") not in _FIRST:
-        raise ConfigurationError(f"the first step must be one of {', '.join(_FIRST)}")
+    before = 1 if steps and steps[0].get("name") in BEFORE else 0
+    if len(steps) == before or steps[before].get("name") not in _FIRST:
+        raise ConfigurationError(
+            f"the first step must be one of {', '.join(_FIRST)}, with smooth before it or nothing"
+        )
     complete = []
     for index, step in enumerate(steps):
-        name = step.get("name")
-        if name not in STEPS or (index and name in _FIRST):
+        name = str(step.get("name"))
+        known: Mapping[str, Callable[..., Any]] = BEFORE if index < before else STEPS
+        if name not in known or (index > before and name in _FIRST):
             later = sorted(set(STEPS) - set(_FIRST))
             raise ConfigurationError(
                 f"step {index + 1} is {name!r}; expected one of {', '.join(later)}"
@@ -177,7 +211,7 @@ def complete_steps(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             key: list(parameter.default)
             if isinstance(parameter.default, tuple)
             else parameter.default
-            for key, parameter in inspect.signature(STEPS[name]).parameters.items()
+            for key, parameter in inspect.signature(known[name]).parameters.items()
             if key not in ("mask", "probability")
         }
         unknown = sorted(set(step) - set(settings) - {"name"})

@@ -23,7 +23,7 @@ from pipeline.vesuvius.betti_numbers import (
     euler_characteristic,
     label_components,
 )
-from pipeline.vesuvius.recipes import STEPS, complete_steps, recipe_steps
+from pipeline.vesuvius.recipes import BEFORE, STEPS, complete_steps, recipe_steps
 
 __all__ = ["PostProcess", "Repaired", "postprocess"]
 
@@ -60,7 +60,7 @@ class PostProcess:
     Args:
         recipe: `default` or `original`.
         steps: a chain in place of a recipe: `{"name": step of STEPS, setting: value, ...}` each,
-            the first one `threshold` or `hysteresis`.
+            the first one `threshold` or `hysteresis`, with `smooth` before it or nothing.
         betti: count components, tunnels and cavities before and after: of every step (`True` or
             `"each"`), after the first and the last step (`"ends"`), or not (`False`).
         settings: of the recipe, see `default_steps` and `original_steps`.
@@ -104,6 +104,10 @@ class PostProcess:
         record: list[dict[str, Any]] = []
         betti = _NOTHING
         for index, step in enumerate(self.steps):
+            if step["name"] in BEFORE:
+                entry, values = _prepared(step, values)
+                record.append(entry)
+                continue
             entry, mask = _run(step, mask, values)
             if self.betti == "each":
                 entry["betti_before"] = betti
@@ -114,8 +118,18 @@ class PostProcess:
         return Repaired(mask.view(np.uint8), record)
 
     def _counted(self, index: int) -> bool:
-        ends = index in (0, len(self.steps) - 1)
+        first = sum(step["name"] in BEFORE for step in self.steps)
+        ends = index in (first, len(self.steps) - 1)
         return self.betti == "each" or (self.betti == "ends" and ends)
+
+
+def _prepared(step: Step, probability: Probability) -> tuple[dict[str, Any], Probability]:
+    """Return the record of a step that comes before there is a mask, and what it made."""
+    settings = {key: value for key, value in step.items() if key != "name"}
+    start = time.perf_counter()
+    result = BEFORE[str(step["name"])](probability, **settings)
+    entry = {"step": step["name"], "settings": settings, "voxels": 0, "voxels_added": 0}
+    return entry | {"voxels_removed": 0, "seconds": round(time.perf_counter() - start, 4)}, result
 
 
 def _run(step: Step, mask: Mask, probability: Probability) -> tuple[dict[str, Any], Mask]:

@@ -71,7 +71,7 @@ def test_the_value_is_the_mean_over_the_volumes() -> None:
 def test_a_row_tells_what_repair_changed() -> None:
     label = sheets()
     holed = probability(label, inside=0.9)
-    holed[10:12, 8:10, 10:12] = 0.1  # a hole through one sheet
+    holed[10:12, 8:10, 10:12] = 0.2  # a hole through one sheet, of which a trace is left
     metric = SurfaceMetrics(threshold=0.5, repair=PostProcess(threshold=0.5, frame=0))
     metric.update([item(holed, label, stratum="s1")])
     (row,) = metric.per_image

@@ -231,3 +231,15 @@ def test_a_threshold_that_is_no_probability_is_refused() -> None:
 def test_what_is_no_probability_is_refused(volume: NDArray[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         postprocess(volume)
+
+
+def test_smoothing_mends_a_porous_sheet_and_is_told_in_the_record() -> None:
+    porous = probability()
+    porous[:, 20:23][np.random.default_rng(0).random((SIDE, 3, SIDE)) < 0.25] = OFF
+    rough, mended = (postprocess(porous, frame=0, smoothing=sigma) for sigma in (0, 1.0))
+    assert topology_score(rough.mask, TRUTH)["score"] < 1
+    assert topology_score(mended.mask, TRUTH)["score"] == 1
+    assert mended.record[0]["settings"] == {"sigma": 1.0}
+    assert "betti_after" in mended.record[1]
+    with pytest.raises(ConfigurationError, match="sigma"):
+        postprocess(porous, smoothing=-1)
