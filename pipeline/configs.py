@@ -67,7 +67,7 @@ def check_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     checked: dict[str, Any] = {}
     for key, value in overrides.items():
         id = key.removeprefix("+").replace("#", SEPARATOR)
-        plain = str(value) if isinstance(value, PathLike) else value
+        plain = _as_it_is(value)
         if key.startswith("+"):
             _merge(merged, f"+{id}", plain, source=f"--{key}", add=True)
             checked[id] = _find(merged, id, f"--{key}")
@@ -101,6 +101,28 @@ def parse_value(text: str) -> Any:
             reason = str(error).replace("\n", " ")
             raise ConfigurationError(f"cannot read the value {text!r}: {reason}") from error
     return _scalar(stripped) if _scalar(stripped) != stripped else text
+
+
+def _as_it_is(value: Any) -> Any:
+    """Return `value` so that MONAI takes texts and paths in it as they are.
+
+    It reads every # as ::, and a $, @ or % at the beginning as more than a letter, which it is not
+    in a path. As an expression of one string, whose signs are escaped, a text stays what it is.
+    """
+    if isinstance(value, list):
+        return [_as_it_is(item) for item in value]
+    path = isinstance(value, PathLike)
+    text = str(value) if path else value
+    if not isinstance(text, str):
+        return text
+    signed = text.startswith(_REFERENCE_SIGNS)
+    meant = signed and not path  # a reference, macro or expression
+    if meant or not (signed or "#" in text):
+        return text
+    escaped = ascii(text)
+    for sign in "#@%$":
+        escaped = escaped.replace(sign, f"\\x{ord(sign):02x}")
+    return f"${escaped}"
 
 
 def _scalar(text: str) -> Any:

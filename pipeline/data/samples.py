@@ -102,6 +102,7 @@ def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -
         )
     if problems:
         raise InputErrors(problems, f"incomplete samples under {root}")
+    _check_texts(samples)
     _check_unique(samples)
     for sample in samples:
         for path in sample.roles.values():
@@ -329,6 +330,18 @@ def _recorded_sample(record: Record, root: Path) -> Sample:
 def _id(relative: str) -> str:
     folder, _, name = relative.rpartition("/")
     return f"{folder}/{image_stem(name)}" if folder else image_stem(name)
+
+
+def _check_texts(samples: list[Sample]) -> None:
+    """Refuse names that no table or sidecar can hold: bytes that are no text in UTF-8."""
+    relative = [str(path.relative_to(one.root)) for one in samples for path in one.roles.values()]
+    problems = [
+        Problem(ascii(name), "find", "its name is not UTF-8; rename the file or its folder")
+        for name in relative
+        if any("\ud800" <= letter <= "\udfff" for letter in name)
+    ]
+    if problems:
+        raise InputErrors(problems, "names that are no text")
 
 
 def _check_unique(samples: list[Sample]) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
@@ -175,3 +175,24 @@ def test_json_refuses_duplicates_too(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"absent\.yaml: not found"):
         read_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["scan #1", "a#b::c#", "$HOME/x", "@photos", "%a#b", "q'\"#\\", "眼#"]
+)
+def test_a_path_reaches_monai_as_it_is(text):
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser({"folder": None, "folders": [], "used": "$@folder + '/x'"})
+    path = PurePosixPath(text)
+    parser.update(check_overrides(parser.config, {"folder": path, "folders": [path]}))
+    assert parser.get_parsed_content("folder") == text
+    assert parser.get_parsed_content("folders") == [text]
+    assert parser.get_parsed_content("used") == f"{text}/x"
+
+
+def test_a_text_with_a_hash_is_no_id_and_an_expression_stays_one():
+    config = {"name": None, "network": None}
+    checked = check_overrides(config, {"name": "run #2", "network": "$@name + '#'"})
+    assert checked["name"] == r"$'run \x232'"
+    assert checked["network"] == "$@name + '#'"

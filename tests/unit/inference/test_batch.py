@@ -940,3 +940,14 @@ def test_a_killed_run_goes_on_where_it_was(folder: Folder, tmp_path: Path) -> No
         kept.add(len(skipped))
         moment += 1
     assert kept == {0, 1, 2, 3, 4}
+
+
+def test_what_a_killed_run_left_half_written_is_swept(folder: Folder) -> None:
+    process = multiprocessing.Process()
+    process.start()
+    process.join()
+    left = folder.output / "left" / f".a_vessels.{process.pid}-{process.pid}.tmp.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    folder.batch()
+    assert not left.exists()
