@@ -14,19 +14,39 @@ from typing import Any
 
 from pipeline.errors import ConfigurationError
 
-__all__ = ["ERROR_FILE", "PROGRAM", "parser", "setting_words", "split_overrides"]
+__all__ = [
+    "ERROR_FILE",
+    "EXAMPLES",
+    "EXPORT_SUFFIXES",
+    "PROGRAM",
+    "parser",
+    "setting_words",
+    "split_overrides",
+]
 
 PROGRAM = "python -m pipeline"
 ERROR_FILE = "LAMINA_ERROR_FILE"  # environment: a file that gets a command's line of error too
 
-_BUNDLE_VERBS = ("train", "predict", "evaluate")
-_OWN_OPTIONS = frozenset({"--help", "--debug", "--input", "--output", "--continue-on-error"})
+EXAMPLES = {  # what `data sample` writes, and what it shows
+    "fundus": "a real fundus photograph",
+    "oct": "a drawn OCT volume, as a .vol file",
+    "scroll": "a drawn piece of a scroll, as a TIFF volume",
+    "insects": "a folder of drawn insects",
+}
+EXPORT_SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".ts", "openvino": ".xml"}
+
+_BUNDLE_VERBS = ("train", "predict", "evaluate", "ensemble", "export", "demo")
+_OWN_OPTIONS = frozenset(
+    {"--help", "--debug", "--input", "--output", "--continue-on-error", "--dry-run", "--json"}
+)
+_EXPORT_OPTIONS = frozenset({"--format", "--size"})
 _DESCRIPTION = "Lamina: train and use bundles for thin things in images."
 _SETTINGS = (
     "Any setting of the bundle's configuration follows as --ID VALUE, nested ids with ::, such as "
     "--learning_rate 1e-3 or --early_stopping::patience 5. A name the bundle does not have is "
     "refused. The settings stand at the head of bundles/BUNDLE/configs/*.yaml."
 )
+_DRY_RUN = "say what would run, on what and with how much memory; write no result"
 _FOLDS = (
     "--fold all trains every fold of the manifest, one after another, each in fold_<k> below "
     "output_dir; the same command again goes on where it stopped. "
@@ -45,13 +65,14 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         return arguments, {}
     from pipeline.configs import parse_value
 
+    own = _OWN_OPTIONS | (_EXPORT_OPTIONS if arguments[0] == "export" else frozenset())
     kept: list[str] = []
     overrides: dict[str, Any] = {}
     rest = iter(range(len(arguments)))
     for index in rest:
         word = arguments[index]
         key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or f"--{key}" in _OWN_OPTIONS:
+        if not word.startswith("--") or f"--{key}" in own:
             kept.append(word)
             continue
         following = arguments[index + 1] if index + 1 < len(arguments) else "--"
@@ -104,8 +125,16 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(title="commands", metavar="VERB", required=True)
     doctor = _add(verbs, "doctor", "show versions, devices, memory and what is missing", "doctor")
-    doctor.add_argument("--json", action="store_true", help="for a program")
+    _add_json(doctor)
     _add_bundle_verbs(verbs)
+    _add_more_bundle_verbs(verbs)
+    report = _add(
+        verbs, "report", "write a run's page again from the files that the run left",
+        "report runs/fundus_vessels/default",
+    )  # fmt: skip
+    report.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="of a training, an evaluation or predictions"
+    )
     compare = _add(
         verbs, "compare", "set runs, evaluations or folds side by side",
         "compare runs/fundus_vessels/default runs/fundus_vessels/unet",
@@ -118,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("--metric", action="append", help="only this one; may be repeated")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    compare.add_argument("--json", action="store_true", help="for a program")
+    _add_json(compare)
     data = _add(verbs, "data", "describe, check and look at data", "data check drive DRIVE")
     _add_data_verbs(data.add_subparsers(title="commands", metavar="VERB", required=True))
     return top
@@ -136,6 +165,15 @@ def _add(group: Any, verb: str, text: str, example: str, more: str = "") -> argp
     return child
 
 
+def _add_json(child: argparse.ArgumentParser) -> None:
+    child.add_argument("--json", action="store_true", help="for a program, on stdout")
+
+
+def _add_in_and_out(child: argparse.ArgumentParser) -> None:
+    child.add_argument("-i", "--input", required=True, help="a file, or a folder of files")
+    child.add_argument("-o", "--output", required=True, help="folder for the results")
+
+
 def _add_bundle_verbs(verbs: Any) -> None:
     train = _add(
         verbs, "train", "train a bundle",
@@ -149,8 +187,7 @@ def _add_bundle_verbs(verbs: Any) -> None:
         verbs, "predict", "apply a bundle to an image or a folder",
         "predict fundus_vessels -i photos -o results --ckpt_path best.pt", _SETTINGS,
     )  # fmt: skip
-    predict.add_argument("-i", "--input", required=True, help="an image, or a folder of images")
-    predict.add_argument("-o", "--output", required=True, help="folder for the results")
+    _add_in_and_out(predict)
     evaluate = _add(
         verbs, "evaluate", "score a checkpoint against labels",
         "evaluate fundus_vessels --dataset_dir STARE --manifest stare --ckpt_path best.pt",
@@ -159,6 +196,43 @@ def _add_bundle_verbs(verbs: Any) -> None:
     for child in (train, predict, evaluate):
         child.add_argument("bundle", metavar="BUNDLE", help="a bundle's name or folder")
         child.add_argument("overlays", nargs="*", metavar="OVERLAY", help="files of its configs/")
+        child.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+        _add_json(child)
+
+
+def _add_more_bundle_verbs(verbs: Any) -> None:
+    ensemble = _add(
+        verbs, "ensemble", "apply the mean of several checkpoints to an image or a folder",
+        "ensemble fundus_vessels runs/fundus_vessels/default -i photos -o results",
+        "A CHECKPOINT is a file, the folder of a run, or one with fold_<k> below it. " + _SETTINGS,
+    )  # fmt: skip
+    ensemble.add_argument("bundle", metavar="BUNDLE", help="a bundle's name or folder")
+    ensemble.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="what is averaged")
+    _add_in_and_out(ensemble)
+    ensemble.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    _add_json(ensemble)
+    export = _add(
+        verbs, "export", "write a bundle's network as a file for other programs",
+        "export fundus_vessels --ckpt_path best.pt -o vessels.onnx",
+        "The file is opened and held against torch before it gets its name; a JSON beside it says "
+        "what it is. Without --ckpt_path these are the weights that the bundle ships.",
+    )  # fmt: skip
+    export.add_argument("bundle", metavar="BUNDLE", help="a bundle's name or folder")
+    export.add_argument("-o", "--output", required=True, type=Path, help="file to write")
+    export.add_argument(
+        "--format", help=f"{', '.join(EXPORT_SUFFIXES)} (default: by the suffix of -o)"
+    )
+    export.add_argument("--size", help="of the example window, such as 480x768")
+    _add_json(export)
+    demo = _add(
+        verbs, "demo", "train a bundle on drawn data for a minute or two and apply it",
+        "demo fundus_vessels -o runs/demo", "Settings are those of the training. " + _SETTINGS,
+    )  # fmt: skip
+    demo.add_argument(
+        "bundle", nargs="?", default="fundus_vessels", metavar="BUNDLE",
+        help="its name (default fundus_vessels)",
+    )  # fmt: skip
+    demo.add_argument("-o", "--output", default="runs/demo", help="folder (default runs/demo)")
 
 
 def _add_data_verbs(data: Any) -> None:
@@ -173,15 +247,16 @@ def _add_data_verbs(data: Any) -> None:
     preview.add_argument("--cases", type=int, default=4, help="rows (default 4)")
     preview.add_argument("--variants", type=int, default=3, help="augmented per row (default 3)")
     check = _add(data, "data check", "name every problem of a folder", "data check drive DRIVE")
-    check.add_argument("--json", action="store_true", help="for a program")
+    _add_json(check)
     freeze = _add(
         data, "data freeze", "write every file with its checksum, split and fold",
         "data freeze drive DRIVE -o drive_frozen.yaml",
     )  # fmt: skip
     freeze.add_argument("--folds", type=int, default=5, help="number of folds (default 5)")
     freeze.add_argument("--seed", type=int, help="of the folds (default: the manifest's)")
-    sample = _add(data, "data sample", "write a real example image", "data sample fundus -o photos")
-    sample.add_argument("name", choices=["fundus"], help="what the image shows")
+    sample = _add(data, "data sample", "write an example input", "data sample fundus -o photos")
+    shows = "; ".join(f"{name}: {what}" for name, what in EXAMPLES.items())
+    sample.add_argument("name", choices=list(EXAMPLES), help=shows)
     for child in (preview, check, freeze):
         child.add_argument("manifest", metavar="MANIFEST", help="a name of `data list`, or a file")
     for child in (init, preview, check, freeze):

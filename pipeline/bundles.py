@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pipeline.configs import check_overrides, read_config
 from pipeline.data.shipped import shipped_folder
-from pipeline.definitions import check_definitions
-from pipeline.errors import ConfigurationError, lamina_cause
+from pipeline.errors import ConfigurationError
+from pipeline.resolving import build, unwrapped, with_checkpoint
 from pipeline.running_config import RunningConfig, running_config
 
 if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
     from pipeline.inference.loaded import LoadedBundle
 
 __all__ = [
@@ -36,23 +35,15 @@ __all__ = [
     "check_overrides",
     "find_bundle_root",
     "load_bundle",
+    "open_config",
     "prepare_run",
     "read_config",
     "run_bundle",
     "running_config",
 ]
 
-Result = TypeVar("Result")
 Workflow = Literal["train", "evaluate", "inference"]
 _MAIN_CONFIGS: tuple[Workflow, ...] = ("train", "evaluate", "inference")
-_CHECKPOINT_KEYS = {  # id in the configuration: key in the checkpoint
-    "architecture": "architecture",
-    "network_def": "network_def",
-    "deterministic_transforms": "preprocessing",
-    "threshold": "threshold",
-}
-
-logger = logging.getLogger(__name__)
 
 
 class BundleConfigs(TypedDict):
@@ -170,13 +161,14 @@ def run_bundle(
         overrides: value per id, nested ids as in `**{"train::trainer::max_epochs": 1}`.
 
     Returns:
-        `workflow`, `bundle_root`, `output_dir` and `results`, what each expression of `run` gave.
+        `workflow`, `bundle_root`, `output_dir`, `evaluation_dir` of an evaluation, and `results`:
+        what each expression of `run` gave.
 
     Raises:
         LaminaError: what stopped the run, without MONAI's wrapping.
     """
     files, settings = prepare_run(name_or_path, workflow, overlays, overrides)
-    return _unwrapped(lambda: _run(files, workflow, settings))
+    return unwrapped(lambda: _run(files, workflow, settings))
 
 
 def load_bundle(
@@ -199,24 +191,18 @@ def load_bundle(
         >>> result["pred"].shape == image.shape[:2]           # doctest: +SKIP
         True
     """
-    from monai.bundle import ConfigParser
-
     from pipeline.hardware.devices import choose_device
     from pipeline.inference.loaded import LoadedBundle
 
     if ckpt_path is not None:
         overrides["ckpt_path"] = str(ckpt_path)
     chosen = choose_device(device)
-    files, settings = prepare_run(name, "inference", (), {**overrides, "device": str(chosen)})
-    config = read_config(files)
-    settings, checkpoint = _unwrapped(lambda: _with_checkpoint(config, settings))
+    parser, checkpoint = open_config(name, "inference", (), {**overrides, "device": str(chosen)})
     if checkpoint is None:
         raise ConfigurationError(f"{name}: its inference.yaml names no ckpt_path: pass ckpt_path=")
-    parser = ConfigParser(config)
-    parser.update(settings)
     wanted = ["predictor", "preprocessing", "inferer", "postprocessing"]
     wanted += ["threshold"] if "threshold" in parser else []
-    parts = _build(parser, wanted)
+    parts = build(parser, wanted)
     return LoadedBundle(**parts, device=chosen)
 
 
@@ -235,23 +221,32 @@ def build_part(name: str | PathLike[str], workflow: Workflow, id: str, **overrid
     parser.update(settings)
     if id not in parser:
         raise ConfigurationError(f"{name}: its {workflow} configuration has no id {id}")
-    return _build(parser, [id])[id]
+    return build(parser, [id])[id]
 
 
-def _unwrapped(action: Callable[[], Result]) -> Result:
-    """Return what `action` gives, and raise our own error out of MONAI's and ignite's wrapping."""
-    failure: Exception | None = None
-    try:
-        return action()
-    except Exception as error:  # they wrap anything, so anything is searched; all of it is raised
-        failure = lamina_cause(error)
-        if failure is None:
-            raise
-    raise failure
+def open_config(
+    name: str | PathLike[str],
+    workflow: Workflow,
+    overlays: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[ConfigParser, dict[str, Any] | None]:
+    """Return the configuration that `run_bundle` would run, unbuilt, and the checkpoint it uses.
 
+    The checkpoint of a training, and of a configuration without `ckpt_path`, is None.
 
-def _build(parser: Any, ids: Sequence[str]) -> dict[str, Any]:
-    return _unwrapped(lambda: {id: parser.get_parsed_content(id) for id in ids})
+    Raises:
+        LaminaError: as `prepare_run`, or the checkpoint cannot be used.
+    """
+    from monai.bundle import ConfigParser
+
+    files, settings = prepare_run(name, workflow, overlays, overrides)
+    config = read_config(files)
+    checkpoint = None
+    if workflow != "train":
+        settings, checkpoint = unwrapped(lambda: with_checkpoint(config, settings))
+    parser = ConfigParser(config)
+    parser.update(settings)
+    return parser, checkpoint
 
 
 def _run(files: list[Path], workflow: Workflow, settings: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +254,7 @@ def _run(files: list[Path], workflow: Workflow, settings: dict[str, Any]) -> dic
 
     config = read_config(files)
     if workflow != "train":
-        settings, _ = _with_checkpoint(config, settings)
+        settings, _ = with_checkpoint(config, settings)
     run = ConfigWorkflow(
         config_file=[str(path) for path in files],
         workflow_type="infer" if workflow == "inference" else "train",
@@ -270,47 +265,10 @@ def _run(files: list[Path], workflow: Workflow, settings: dict[str, Any]) -> dic
     run.finalize()
     found: dict[str, Any] = {
         id: run.parser.get_parsed_content(id)
-        for id in ("bundle_root", "output_dir")
+        for id in ("bundle_root", "output_dir", "evaluation_dir")
         if id in config
     }
     return {"workflow": workflow, **found, "results": results}
-
-
-def _with_checkpoint(
-    config: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return `settings` on top of what the checkpoint at `ckpt_path` fixes, and the checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigurationError: an override would change what the network was trained with.
-    """
-    from monai.bundle import ConfigParser
-
-    from pipeline.training.checkpoints import read_checkpoint
-
-    parser = ConfigParser(deepcopy(dict(config)))
-    parser.update(dict(settings))
-    # the path may be an expression over other ids
-    path = parser.get_parsed_content("ckpt_path") if "ckpt_path" in config else None
-    if not path:
-        return dict(settings), None
-    checkpoint = read_checkpoint(path)
-    logger.info("network, preprocessing and threshold from %s", path)
-    fixed: dict[str, Any] = {}
-    for id, key in _CHECKPOINT_KEYS.items():
-        if id not in config or checkpoint.get(key) is None:
-            continue
-        check_definitions(checkpoint[key], path)
-        fixed[id] = checkpoint[key]
-        used = set(re.findall(r"@(\w+)", json.dumps(config[id], default=str)))
-        changed = [name for name in settings if name.split("::", 1)[0] in used]
-        if changed and RunningConfig(parser).plain(id) != checkpoint[key]:
-            raise ConfigurationError(
-                f"--{changed[0]}: {path} was trained with another value in its {id}, and a network "
-                f"is used as it was trained: leave --{changed[0]} out, or train with it"
-            )
-    return {**fixed, **settings}, checkpoint
 
 
 def _candidates(name: str) -> Iterator[Path]:

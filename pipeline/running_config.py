@@ -95,7 +95,10 @@ class RunningConfig:
             `make = running_config().maker('optimizer', leave_out=['params'])`, then
             `make(network.parameters())`.
         """
-        text = {key: value for key, value in self.plain(id).items() if key not in leave_out}
+        self.plain(f"{id}::_target_")  # there is such an id
+        # Each by itself: what is left out may stand for much that must not be built now.
+        kept = [key for key in self._parser[id] if key not in leave_out]
+        text = {key: self.plain(f"{id}::{key}") for key in kept}
         for key, value in text.items():
             if _is_open(value):
                 raise ConfigurationError(

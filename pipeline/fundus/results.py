@@ -92,6 +92,7 @@ class EvaluationWriter:
         origins = {row["fov"] for row in rows}
         return {
             "threshold": self.metrics.threshold,
+            "picture_legend": "Green: both agree; red: prediction only; blue: truth only.",
             "fov": origins.pop() if len(origins) == 1 else "mixed",
             "average_metrics": {k: v["mean"] for k, v in summarise(rows).items()},
             "spread": {k: {"sd": v["sd"], "min": v["min"]} for k, v in summarise(rows).items()},

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["without_data"]
 
 _RANGES = frozenset({torch.arange, torch.linspace})
+_READING = frozenset(
+    {Tensor.unbind, Tensor.__getitem__, Tensor.item, Tensor.tolist, Tensor.__float__}
+    | {Tensor.__int__, Tensor.__bool__}
+)
 _FEW = 64  # elements
 
 
@@ -38,8 +43,12 @@ class _RangesWithData(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _RANGES and result.numel() <= _FEW:
+        result_has_data = func in _RANGES and _is_short(func, args, kwargs or {})
+        if result_has_data or (func in _READING and not isinstance(args[0], FakeTensor)):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
-        return result
+        return func(*args, **(kwargs or {}))
+
+
+def _is_short(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(func(*args, **kwargs).numel() <= _FEW)

@@ -136,13 +136,23 @@ def fit_batch(
     step = SimulatedStep(make_loss, make_optimizer, tuple(input_shape), **settings)
     with without_data():
         trained = _Trained(make_network, step.at(2, accumulation=1))
-        one, two = (trained.measured(step.at(batch, accumulation=2)) for batch in (1, 2))
-        fitted = _fitted(1, one, two)
-        # With one sample some operators take another way, as every layout is contiguous then.
-        if _phases(one) != _phases(two):
+        two = trained.measured(step.at(2, accumulation=2))
+        one = _measured_alone(trained, step)
+        if one is not None and _phases(one) == _phases(two):
+            fitted = _fitted(1, one, two)
+        else:  # with one sample every layout is contiguous, and some operators take another way
             fitted = _fitted(2, two, trained.measured(step.at(3, accumulation=2)))
     _log(fitted.notes)
     return fitted
+
+
+def _measured_alone(trained: _Trained, step: SimulatedStep) -> MemoryEstimate | None:
+    """Return the memory of one sample, None where batch norm refuses a single value."""
+    try:
+        return trained.measured(step.at(1, accumulation=2))
+    except ConfigurationError as error:
+        logger.debug("one sample alone: %s", error)
+        return None
 
 
 def _fitted(small: int, one: MemoryEstimate, two: MemoryEstimate) -> BatchMemory:
@@ -206,14 +216,16 @@ class _Trained:
         storages.claim(self.network.buffers(), "buffers")
         storages.claim(_tensors(self.optimizer.state.values()), "optimizer")
         hooks = storages.claim_gradients(self.network) + storages.follow_layers(self.network)
-        with storages:
-            kept = _weights(self.network, storages) if step.averaged else []
-            updates = SimulatedUpdates(self.network, step, storages)
-            updates.run(self.optimizer)
-        for hook in hooks:
-            hook.remove()
-        self.optimizer.zero_grad(set_to_none=True)
-        del kept
+        try:
+            with storages:
+                kept = _weights(self.network, storages) if step.averaged else []
+                updates = SimulatedUpdates(self.network, step, storages)
+                updates.run(self.optimizer)
+                del kept
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.optimizer.zero_grad(set_to_none=True)
         layers = sorted(updates.layers.items(), key=lambda item: -item[1])
         return MemoryEstimate(
             storages.peak_bytes,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["workspace_bytes"]
 
-_GROUP = 16
+_GROUP, _IMAGE = 16, 3
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -36,7 +36,10 @@ def workspace_bytes(operator: Any, arguments: tuple[Any, ...], result: Any) -> i
     last = _LAST.get(inputs.dim())
     if last is None or inputs.device.type != "cpu" or _pointwise_2d(weight):
         return 0
-    if any(tensor.is_contiguous(memory_format=last) for tensor in (inputs, weight)):
+    if any(
+        tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+        for tensor in (inputs, weight)
+    ):
         return grouped
     return max(_copy(inputs) + _copy(output), int(weight.nbytes), grouped)
 
@@ -57,9 +60,9 @@ def _pointwise_2d(weight: Tensor) -> bool:
 
 
 def _copy(tensor: Tensor) -> int:
-    """Return the size of a copy with channels in groups; a single channel stays alone."""
+    """Return the size of a copy with channels in groups; an image's stay as they are."""
     channels = tensor.shape[1]
-    if channels == 1:
+    if channels <= _IMAGE:
         return int(tensor.nbytes)
     return int(tensor.nbytes) // channels * _filled(channels)
 

@@ -93,6 +93,7 @@ class BatchRun:
         self.problems: list[Problem] = []
         self.skipped = 0
         self.closing = ExitStack()  # what is to be closed at the end of the run
+        self.picture_legend = ""  # what the colours of the pictures mean; a writer says so
         self._sources = {Path(str(case["image"])).resolve() for case in cases}
         self._owners: dict[Path, str] = {}  # whose results they are
         self._open: dict[str, Mapping[str, Any]] = {}  # begun, neither recorded nor rejected
@@ -312,6 +313,7 @@ class BatchRun:
             "model_sha256": self.origins.of_the_run["model_sha256"],
             "versions": self.origins.versions,
             "settings": self.settings,
+            "picture_legend": self.picture_legend,
         }
         write_json(self.output_dir / _SUMMARY, summary)
         logger.info(

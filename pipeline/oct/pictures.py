@@ -14,8 +14,15 @@ from pipeline.oct.prediction_rows import PredictedRows
 from pipeline.oct.tables import ETDRS_RADII_MM, etdrs_grid, thickness_um
 from pipeline.oct.volume import OctVolume
 
-__all__ = ["bscan_picture", "thickness_picture", "write_overlay", "write_thickness_picture"]
+__all__ = [
+    "LEGEND",
+    "bscan_picture",
+    "thickness_picture",
+    "write_overlay",
+    "write_thickness_picture",
+]
 
+LEGEND = "Cyan ILM, orange BM, with two sigma; magenta: annotated; red bars: columns not valid."
 _ENLARGED = 2  # so that a line covers less than a pixel of the B-scan
 _COLOURS = {"ILM": (0, 230, 255), "BM": (255, 190, 0)}
 _TRUTH = (235, 90, 235)

@@ -22,7 +22,7 @@ from pipeline.oct.bscan_loader import BScanLoader
 from pipeline.oct.coordinates import Layers
 from pipeline.oct.evaluation import LayerMetrics, layers_in_source
 from pipeline.oct.metrics import ScanRows
-from pipeline.oct.pictures import write_overlay, write_thickness_picture
+from pipeline.oct.pictures import LEGEND, write_overlay, write_thickness_picture
 from pipeline.oct.pixel_maps import class_mask, confidence_map
 from pipeline.oct.prediction_writer import PredictionWriter
 from pipeline.oct.result_facts import layer_facts
@@ -82,6 +82,7 @@ class LayerWriter:
                 "of 0 to 1, and 1 or more"
             )
         self.batch = batch
+        batch.picture_legend = LEGEND
         self.loader = loader
         self.extraction = dict(extraction)
         self.save_masks = save_masks
@@ -253,6 +254,7 @@ class EvaluationWriter:
         """Write the tables."""
         rows, extraction = self.metrics.per_image, self.metrics.extraction
         figures = {
+            "picture_legend": LEGEND,
             "max_sigma_px": extraction.get("max_sigma_px"),
             "extraction": extraction,
             "average_metrics": column_means(rows),

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["three_planes"]
+__all__ = ["LEGEND", "LEGEND_WITH_TRUTH", "three_planes"]
+
+LEGEND = "Middle planes: the image, the surface before repair, and after it."
+LEGEND_WITH_TRUTH = f"{LEGEND} Green: both agree; red: prediction only; blue: truth only."
 
 _SIDE_PX = 320  # larger planes are shown by their middle part
 _GAP_PX = 6

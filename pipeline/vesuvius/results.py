@@ -21,7 +21,7 @@ from pipeline.inference.stages import StageClock
 from pipeline.vesuvius.evaluation import SurfaceMetrics
 from pipeline.vesuvius.geometry import VoxelSize, voxel_size
 from pipeline.vesuvius.member_agreement import member_difference
-from pipeline.vesuvius.pictures import three_planes
+from pipeline.vesuvius.pictures import LEGEND, LEGEND_WITH_TRUTH, three_planes
 from pipeline.vesuvius.result_facts import foreground_facts, log_facts
 from pipeline.vesuvius.sheet_maps import sheet_map, write_sheet_map
 from pipeline.vesuvius.sheet_measures import largest_sheets, sheet_facts
@@ -75,6 +75,7 @@ class SurfaceWriter:
         window: Sequence[int] = (96, 96, 96),
     ) -> None:
         self.batch = batch
+        batch.picture_legend = LEGEND
         self.repair = repair
         self.threshold = float(threshold)
         self.save_probability = save_probability
@@ -238,7 +239,11 @@ class EvaluationWriter:
         """Write the tables."""
         rows = self.metrics.per_image
         means = column_means(rows, complete=True)
-        figures = {"threshold": self.metrics.threshold, "average_metrics": means}
+        figures = {
+            "threshold": self.metrics.threshold,
+            "average_metrics": means,
+            "picture_legend": LEGEND_WITH_TRUTH,
+        }
         self.folder.write_tables(rows, figures)
 
 

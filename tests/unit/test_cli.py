@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 
+import monai.bundle  # noqa: F401 - now: its log keeps the stderr that it is first imported under
 import pytest
 
 from pipeline import arguments, cli
@@ -31,7 +32,9 @@ run: ['$dict(epochs=@max_epochs)']
 INFERENCE = """
 output_dir: runs
 dataset_dir: null
-run: [{_target_: pathlib.Path.mkdir, self: "$__import__('pathlib').Path(@output_dir)"}]
+ckpt_path: null
+ensemble: []
+run: ['$dict(output=@output_dir)']
 """
 
 
@@ -78,8 +81,9 @@ VERBS = dict(verbs(arguments.parser()))
 
 def test_the_verbs_of_the_design_are_there():
     assert {" ".join(path) for path in VERBS} == {
-        "doctor", "train", "predict", "evaluate", "compare", "data", "data list", "data init",
-        "data preview", "data check", "data freeze", "data sample",
+        "doctor", "train", "predict", "evaluate", "ensemble", "export", "demo", "report",
+        "compare", "data", "data list", "data init", "data preview", "data check", "data freeze",
+        "data sample",
     }  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def test_every_verb_helps_with_an_example_that_parses(path, capsys):
 @pytest.mark.cli
 def test_help_takes_less_than_half_a_second_of_cpu():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "pipeline", "train", "--help"]
+    command = [sys.executable, "-m", "pipeline", "export", "--help"]
     done = subprocess.run(command, capture_output=True, check=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "example:" in done.stdout
@@ -137,11 +141,115 @@ def test_predict_maps_input_and_output(bundle, runs, tmp_path):
     assert runs == [("tiny", "inference", [], settings)]
 
 
+def test_an_ensemble_is_a_prediction_with_several_checkpoints(bundle, runs, tmp_path):
+    best = [f"runs/fold_{k}/checkpoints/best.pt" for k in range(2)]
+    for path in [*best, "own.pt"]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert cli.main(["ensemble", "tiny", "own.pt", "runs", "-i", ".", "-o", "out"]) == 0
+    settings = {"dataset_dir": ".", "output_dir": "out", "ckpt_path": "own.pt", "ensemble": best}
+    assert runs == [("tiny", "inference", [], settings)]
+
+
+@pytest.mark.parametrize("workflow", ["train", "evaluate", "predict"])
+def test_a_dry_run_runs_nothing_and_names_what_would(bundle, runs, capsys, workflow):
+    words = [workflow, "tiny", *(["-i", ".", "-o", "out"] if workflow == "predict" else [])]
+    words += [] if workflow == "predict" else ["--output_dir", "out", "--max_epochs", "7"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert ".yaml" in said
+    assert "output: out" in said
+    assert cli.main([*words, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["output_dir"] == "out"
+    assert not runs
+    assert not (bundle.parents[1] / "out").exists()
+
+
+def test_a_dry_run_tells_a_misspelt_setting_too(bundle, capsys):
+    assert cli.main(["train", "tiny", "--dry-run", "--max_epoch", "1"]) == 2
+    assert "did you mean max_epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("workflow", "name", "content", "figure"),
+    [
+        ("train", "metrics_history.yaml", '[{"epoch": 4, "new_best": true}]', ("epochs", 4)),
+        ("evaluate", "test_metrics.yaml", '{"average_metrics": {"dice": 0.5}, "nan": .nan}',
+         ("average_metrics", {"dice": 0.5})),
+        ("predict", "summary.json", '{"inputs": 2, "done": 2}', ("done", 2)),
+    ],
+)  # fmt: skip
+def test_a_program_reads_one_json_document(
+    bundle, tmp_path, monkeypatch, capsys, workflow, name, content, figure
+):
+    def run(*_, **__):
+        sys.stdout.write("what a run says\n")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).write_text(content)
+        return {"output_dir": "out"}
+
+    monkeypatch.setattr("pipeline.bundles.run_bundle", run)
+    words = [workflow, "tiny", *(["-i", ".", "-o", "out"] if workflow == "predict" else [])]
+    assert cli.main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["output_dir"] == "out"
+    assert found[figure[0]] == figure[1]
+    assert "what a run says" in said.err
+
+
+def test_a_demonstration_gives_the_commands_that_a_person_would(
+    repository, tmp_path, monkeypatch, capsys
+):
+    from pipeline.bundles import prepare_run
+    from pipeline.commands import Commands
+
+    given = []
+
+    def note(self, command, environment):
+        given.append(command[3:])
+        return 0
+
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(Commands, "run", note)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "insect_pests", "-o", str(out), "--max_epochs", "1"]) == 0
+    train, predict = (arguments.split_overrides(words) for words in given)
+    options = arguments.parser().parse_args(train[0])
+    assert (options.verb, options.bundle, options.overlays) == ("train", "insect_pests", ["quick"])
+    assert train[1] == {"output_dir": str(out / "train"), "max_epochs": 1}
+    prepare_run(options.bundle, "train", options.overlays, train[1])
+    options = arguments.parser().parse_args(predict[0])
+    assert (options.verb, options.output) == ("predict", str(out / "predict"))
+    assert len(list((out / "input").glob("*.png"))) > 1
+    assert options.input == str(out / "input")
+    assert str(out / "predict" / "report.html") in capsys.readouterr().out
+
+
+def test_a_demonstration_ends_with_the_code_of_the_step_that_failed(
+    repository, tmp_path, monkeypatch
+):
+    from pipeline.commands import Commands
+
+    monkeypatch.chdir(repository)
+    for returned, code in ((6, 6), (-15, 75)):
+        monkeypatch.setattr(Commands, "run", lambda *_, returned=returned: returned)
+        assert cli.main(["demo", "-o", str(tmp_path)]) == code
+    assert not (tmp_path / "input").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         (["predict", "tiny", "-i", "absent", "-o", "out"], 3, "absent: not found"),
         (["predict", "tiny", "-i", ".", "-o", "out", "--output_dir", "x"], 2, "beside -i/-o"),
+        (["ensemble", "tiny", "a", "-i", ".", "-o", "out", "--ckpt_path", "x"], 2, "CHECKPOINT"),
+        (["ensemble", "tiny", "a", "-i", ".", "-o", "out", "--ensembel", "x"], 2, "mean ensemble"),
+        (["ensemble", "tiny", "absent.pt", "-i", ".", "-o", "out"], 4, "absent.pt"),
+        (["export", "tinny", "-o", "a.onnx"], 2, "did you mean tiny"),
+        (["demo", "tiny"], 2, "no demonstration of 'tiny'"),
+        (["demo", "fundus_vessels", "--output_dir", "x"], 2, "beside -o"),
+        (["report", "absent"], 3, "absent: no summary.json"),
         (["train", "tinny"], 2, "did you mean tiny"),
         (["train", "tiny", "fast"], 2, "no overlay 'fast'"),
         (["train", "tiny", "--max_epochs"], 2, "needs a number"),
@@ -349,6 +457,14 @@ def test_data_check_names_the_bad_file_and_exits_3(tmp_path, capsys):
 def test_data_check_of_an_empty_folder_is_json_too(tmp_path, capsys):
     assert cli.main(["data", "check", "drive", str(tmp_path), "--json"]) == 3
     assert "expected layout" in json.loads(capsys.readouterr().out)["problems"][0]["message"]
+
+
+@pytest.mark.parametrize("name", ["oct", "scroll", "insects"])
+def test_a_drawn_example_is_written_and_named(tmp_path, capsys, name):
+    assert cli.main(["data", "sample", name, "-o", str(tmp_path / "new")]) == 0
+    path = capsys.readouterr().out.strip()
+    assert path.startswith(str(tmp_path / "new"))
+    assert any((tmp_path / "new").iterdir())
 
 
 def test_a_sample_is_a_readable_photograph(tmp_path, capsys):

@@ -140,3 +140,14 @@ def test_a_maker_says_which_argument_has_no_plain_value():
     with pytest.raises(RuntimeError) as caught:
         parser.get_parsed_content("make")
     assert "thing::at" in str(lamina_cause(caught.value))
+
+
+def test_a_maker_builds_nothing_of_what_is_left_out():
+    """Else planning would build the network before anything is seeded."""
+    parser = parser_of(
+        made={"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3},
+        optimizer={"_target_": "dict", "params": "$@made.parameters()", "momentum": 0.9},
+        make="$running_config().maker('optimizer', ['params'])",
+    )
+    assert parser.get_parsed_content("make")() == {"momentum": 0.9}
+    assert "made" not in parser.ref_resolver.resolved_content

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import sys
+
 import pytest
 import torch
 
@@ -35,7 +38,7 @@ def test_a_name_is_read_whatever_its_case():
 
 @pytest.mark.parametrize("request_", ["tpu", "cpu!", ""])
 def test_a_name_that_is_no_device_is_refused(request_):
-    with pytest.raises(ConfigurationError, match="expected cpu, cuda, cuda:0, mps or auto"):
+    with pytest.raises(ConfigurationError, match="expected cpu, cuda, cuda:0, xpu, mps, dml or"):
         choose_device(request_)
 
 
@@ -67,6 +70,61 @@ def test_a_device_that_is_there_but_does_not_compute_is_not_chosen(monkeypatch):
     assert choose_device("auto").type != "cuda"
     with pytest.raises(ConfigurationError, match="no kernel image is available; use --device cpu"):
         choose_device("cuda")
+
+
+def broken_on(kind, monkeypatch):
+    """Let every tensor on a device of `kind` fail, as on one that this torch has no kernels for."""
+    real = torch.full
+
+    def full(*sizes, device, **options):
+        if device.type == kind:
+            raise RuntimeError("no kernel for this device\nmore lines")
+        return real(*sizes, device=device, **options)
+
+    monkeypatch.setattr(torch, "full", full)
+
+
+def test_auto_tells_why_each_device_before_the_chosen_one_is_left_out(monkeypatch, caplog):
+    broken_on("xpu", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: f"Arc {device.index}")
+    with caplog.at_level(logging.INFO, logger="pipeline.hardware.devices"):
+        assert choose_device("auto") == torch.device("cpu")
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        f"device xpu:{index} (Arc {index}) is left out: no kernel for this device"
+        for index in (0, 1)
+    ]
+    with pytest.raises(ConfigurationError, match=r"device xpu asked for.*use --device cpu"):
+        choose_device("xpu")
+    with pytest.raises(ConfigurationError, match="torch sees 2 XPU devices"):
+        choose_device("xpu:2")
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="this machine has an XPU")
+def test_an_xpu_asked_for_where_there_is_none_is_refused():
+    with pytest.raises(ConfigurationError, match="torch sees 0 XPU devices; use --device cpu"):
+        choose_device("xpu")
+
+
+class FakeDirectML:
+    """Stands for torch_directml, whose device is the CPU here."""
+
+    def device(self):
+        return torch.device("cpu")
+
+
+def test_directml_is_probed_where_it_imports(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_directml", FakeDirectML())
+    assert "dml" in [report.name for report in probe_devices() if report.usable]
+    assert choose_device("dml") == torch.device("cpu")
+
+
+def test_directml_asked_for_where_it_is_not_installed_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_directml", None)
+    assert "dml" not in [report.name for report in probe_devices()]
+    with pytest.raises(ConfigurationError, match="pip install torch-directml"):
+        choose_device("dml")
 
 
 @pytest.mark.gpu

@@ -263,6 +263,7 @@ def test_workers_leave_a_processor_free(
 def test_processes_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine_settings, "usable_processors", lambda: 8)
+    monkeypatch.setattr(machine_settings.os, "cpu_count", lambda: 8)
     made = planned(processes=2)
     assert (made.num_workers, made.threads) == (3, 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
