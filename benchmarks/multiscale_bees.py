@@ -14,6 +14,7 @@ standard deviation over seeds and splits.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def _run(
 ) -> tuple[float, dict[int, float]]:
     """Train and test in processes of their own; return the training's CPU time and accuracies."""
     folder = Path(options.output_dir) / f"{mode}_fold{fold}_seed{seed}"
-    common = ["--dataset_dir", options.dataset_dir, "--manifest", "pollen_bees"]
+    common = ["--dataset_dir", str(options.dataset_dir), "--manifest", "pollen_bees"]
     common += ["--fold", str(fold), "--output_dir", str(folder), "--threads", "1"]
     common += ["--device", "cpu", "--mode", mode]
     train = ["train", "multiscale_classifier", *common, "--seed", str(seed)]
@@ -85,7 +86,9 @@ def _call(arguments: list[str], folder: Path) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset_dir", required=True)
+    root = os.environ.get("LAMINA_DATA")
+    bees = Path(root, "classification", "pollen_bees") if root else None
+    parser.add_argument("--dataset_dir", default=bees, required=bees is None)
     parser.add_argument("--output_dir", default="runs/multiscale_bees")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folds", type=int, default=3)

@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("--metric", action="append", help="only this one; may be repeated")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    compare.add_argument("--html", metavar="FILE", help="write it as a page too")
     _add_json(compare)
     data = _add(verbs, "data", "describe, check and look at data", "data check drive DRIVE")
     _add_data_verbs(data.add_subparsers(title="commands", metavar="VERB", required=True))
@@ -248,6 +249,10 @@ def _add_data_verbs(data: Any) -> None:
     preview.add_argument("--variants", type=int, default=3, help="augmented per row (default 3)")
     check = _add(data, "data check", "name every problem of a folder", "data check drive DRIVE")
     _add_json(check)
+    check.add_argument("--no-verify", action="store_true", help="do not compare checksums")
+    check.add_argument(
+        "--follow-symlinks", action="store_true", help="links may lead out of the folder"
+    )
     freeze = _add(
         data, "data freeze", "write every file with its checksum, split and fold",
         "data freeze drive DRIVE -o drive_frozen.yaml",

@@ -52,7 +52,9 @@ def _train_folds(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _predict(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    _take(overrides, {"dataset_dir": options.input, "output_dir": options.output}, "-i/-o")
+    # as paths: a name that begins with $ is no expression
+    given = {"dataset_dir": Path(options.input), "output_dir": Path(options.output)}
+    _take(overrides, given, "-i/-o")
     if not Path(options.input).exists():
         raise InputError(f"{options.input}: not found, expected an image or a folder of images")
     return _run(options, overrides, "inference")
@@ -90,6 +92,10 @@ def _run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workf
     prepare_run(options.bundle, workflow, options.overlays, overrides)  # typos, before torch loads
     if options.dry_run:
         return _dry_run(options, overrides, workflow)
+    if workflow == "inference":
+        from pipeline.data.atomic import check_writable
+
+        check_writable(Path(options.output))  # before gigabytes of weights are read
     started_s = time.time()
     try:
         with answers_only(options.json):

@@ -86,6 +86,10 @@ def _compare(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pipeline.report.comparison import compare_runs, comparison_text
 
     found = compare_runs(options.runs, options.metric or (), seed=options.seed)
+    if options.html:
+        from pipeline.report.comparison_page import comparison_report
+
+        comparison_report(found, options.html)
     if options.json:
         say_json(found)
     else:

@@ -65,7 +65,12 @@ def _data_check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     manifest = load_manifest(options.manifest)
     count, problems = 0, list[Problem]()
     try:
-        samples = find_samples(manifest, options.folder, verify=True)
+        samples = find_samples(
+            manifest,
+            options.folder,
+            verify=not options.no_verify,
+            follow_symlinks=options.follow_symlinks,
+        )
         count = len(samples)
         problems = list(check_samples(samples, manifest))
     except InputErrors as error:

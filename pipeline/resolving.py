@@ -64,7 +64,7 @@ def with_checkpoint(
     """
     from monai.bundle import ConfigParser
 
-    from pipeline.training.checkpoints import read_checkpoint
+    from pipeline.training.checkpoints import check_definition, read_checkpoint
 
     parser = ConfigParser(deepcopy(dict(config)))
     parser.update(dict(settings))
@@ -73,6 +73,9 @@ def with_checkpoint(
     if not path:
         return dict(settings), None
     checkpoint = read_checkpoint(path)
+    own = (config.get("definition") or {}).get("bundle")
+    if own is not None:
+        check_definition(checkpoint, source=path, settings={"bundle": own})
     logger.info("network, preprocessing and threshold from %s", path)
     fixed: dict[str, Any] = {}
     for id, key in _CHECKPOINT_KEYS.items():

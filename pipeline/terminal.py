@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ __all__ = ["answers_only", "complain", "say", "say_json"]
 
 def say(text: str) -> None:
     """Write a line to stdout."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()  # before what another process writes to the same terminal or file
 

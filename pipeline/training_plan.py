@@ -52,14 +52,15 @@ def training_plan(
         target_shape: of its target, such as `(1, H, W)`; empty for a class number.
         target_dtype: torch's name of the target's type.
         profile_memory: tell in the log what a step takes.
-        estimate_activations, detailed_memory, profile_training_step: what is told beside it, see
-            `pipeline.hardware.memory_table.log_memory_profile`.
+        estimate_activations: also what the batch takes, and the largest that is safe.
+        detailed_memory: also the layers that keep most.
+        profile_training_step: also what a step really takes, on CUDA.
         settings: of `pipeline.hardware.planning.plan`.
 
     Raises:
         ConfigurationError, CheckpointError, ResourceError: as in `plan`.
     """
-    step = _Step(config, (1, *input_shape), tuple(target_shape), target_dtype)
+    step = _Step(config, device, (1, *input_shape), tuple(target_shape), target_dtype)
     made = plan(
         device=device,
         optimizer=step.optimizer_name(),
@@ -83,11 +84,13 @@ class _Step:
     def __init__(
         self,
         config: RunningConfig,
+        device: torch.device,
         input_shape: tuple[int, ...],
         target_shape: tuple[int, ...],
         target_dtype: str,
     ) -> None:
         self.config = config
+        self.device = device
         self.input_shape = input_shape
         self.target = {"target_shape": target_shape, "target_dtype": target_dtype}
 
@@ -127,6 +130,8 @@ class _Step:
             **self.target,
             "precision": precision,
             "averaged": "average" in self.config.raw,
+            "foreach": self.device.type == "cuda",  # what torch's optimizers do there by themselves
+            "channels_last": "channels_last" in str(self.config.raw.get("network")),
             "prepare": checkpoint_blocks if memory_efficient else None,
         }
 

@@ -17,7 +17,8 @@ __all__ = ["Graph", "Precision", "open_graph"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_ERRORS_ONLY = 3  # ONNX Runtime's log level: it warns of every batch but the traced one
+_FATAL_ONLY = 4  # ONNX Runtime's log level: it warns of every batch but the traced one, and
+# writes each error that it raises to stderr as well
 
 
 class Graph(Protocol):
@@ -92,7 +93,7 @@ class _OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         self._session = onnxruntime.InferenceSession(
             data, options, providers=["CPUExecutionProvider"]
         )

@@ -86,11 +86,6 @@ def test_row_33_a_full_disk_leaves_no_partial_result(door, photographs, tmp_path
     "refused before a checkpoint is read or a file opened",
     code=5,
 )
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="inference reads its checkpoint before it tries the folder",
-)
 def test_row_34_a_read_only_folder_is_refused_first(door, photographs, shared_data, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)

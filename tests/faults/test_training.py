@@ -157,11 +157,6 @@ def test_row_05_a_flipped_bit_in_a_checkpoint_is_found(
     "refused before the weights are looked at, naming file, both architectures and the overlay",
     code=4,
 )
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="in inference, weights of another bundle for other axes end as a bug (1)",
-)
 def test_row_06_another_architecture_is_refused_by_name(
     door, shared_data, trained, photographs, tmp_path, repository, assert_whole
 ):
