@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.classification.scales import checked_scale, checked_scales, resize
 from pipeline.errors import ConfigurationError
 
-__all__ = ["ScaleLosses", "ScalesInferer", "SplitScalesd", "evaluation_sizes"]
+__all__ = ["ResizeToScaled", "ScaleLosses", "ScalesInferer", "SplitScalesd", "evaluation_sizes"]
 
 
 def evaluation_sizes(evaluation_scale: int, scales: Sequence[int] = ()) -> tuple[int, ...]:
@@ -91,6 +91,32 @@ class SplitScalesd(MapTransform):
             found[key] = first
             for size, logits in zip(self.sizes[1:], others, strict=True):
                 found[f"{key}_{size}"] = logits
+        return found
+
+
+class ResizeToScaled(MapTransform):
+    """Resize images `(C, H, W)` as training and validation do.
+
+    Args:
+        keys: of the images.
+        size_px: height and width afterwards.
+        allow_missing_keys: whether an item may lack a key.
+
+    Raises:
+        ConfigurationError: `size_px` is no size.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, size_px: int, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.size_px = checked_scale("size_px", size_px)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resize the item's images."""
+        found = dict(data)
+        for key in self.key_iterator(found):
+            found[key] = resize(found[key][None], self.size_px)[0]
         return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.classification.losses import ClassificationLoss
 from pipeline.classification.scale_validation import (
+    ResizeToScaled,
     ScaleLosses,
     ScalesInferer,
     SplitScalesd,
@@ -116,3 +117,11 @@ def test_the_evaluation_scale_comes_first_and_none_twice() -> None:
 def test_logits_of_another_number_of_sizes_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"logits \(4, 3\) for the sizes \[16, 8\]"):
         SplitScalesd(keys="pred", sizes=(16, 8))({"pred": torch.zeros(4, 3)})
+
+
+def test_an_image_is_resized_as_in_training_and_kept_at_its_own_size() -> None:
+    image = torch.rand(3, 32, 32)
+    at = ResizeToScaled("image", 16)({"image": image, "name": "a"})
+    torch.testing.assert_close(at["image"], resize(image[None], 16)[0])
+    assert ResizeToScaled("image", 32)({"image": image})["image"] is not None
+    torch.testing.assert_close(ResizeToScaled("image", 32)({"image": image})["image"], image)

@@ -179,17 +179,17 @@ def test_a_foreign_checkpoint_is_refused():
 @pytest.mark.parametrize(
     ("freeze", "expected"),
     [
-        (["encoder"], {"encoder", "bottleneck"}),
-        (["decoder.0", "head"], {"decoder", "head"}),
-        (["up."], {"up"}),
-        ([], set()),
+        (["encoder"], ["bottleneck", "encoder"]),
+        (["decoder.0", "head"], ["decoder", "head"]),
+        (["up."], ["up"]),
+        ([], []),
     ],
     ids=str,
 )
 def test_only_the_frozen_parts_stop_learning(freeze, expected):
     network = unet()
     report = load_pretrained(network, trained(unet()).state_dict(), freeze=freeze)
-    assert {name.split(".")[0] for name in report.frozen} == expected
+    assert {name.split(".")[0] for name in report.frozen} == set(expected)
     before = copy.deepcopy(dict(network.named_parameters()))
     train_one_step(network)
     unchanged = {name for name, value in network.named_parameters() if value.equal(before[name])}
