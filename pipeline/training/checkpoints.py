@@ -39,6 +39,7 @@ FORMAT = "lamina-checkpoint-1"
 
 logger = logging.getLogger(__name__)
 
+_ARCHIVE = b"PK"  # how a zip file begins
 _FOLDER_BIT = 0x10  # of a zip entry's attributes, as MS-DOS had it
 
 # What zipfile and torch raise, besides their own errors, on a file that only looks like theirs.
@@ -84,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, holds code, or is not a Lamina checkpoint.
     """
-    content = read_state(path)
+    content = _read(path, archive=True)
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: found {content.get('format', 'no format entry')}, expected a Lamina "
@@ -99,6 +100,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, holds code, or no named tensors.
     """
+    return _read(path, archive=False)
+
+
+def _read(path: str | Path, *, archive: bool) -> dict[str, Any]:
+    """Return a file's content; without `archive` it may be in the format that torch had before."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
@@ -110,7 +116,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror}; make it readable or use another checkpoint"
         ) from error
-    _verify(path, data)
+    if archive or data.startswith(_ARCHIVE) or _checksum_file(path).exists():
+        _verify(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # `from None`: torch's own text advises to load without this protection.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.definitions import check_definitions
+from pipeline.definitions import build_network, check_definitions
 from pipeline.errors import CheckpointError
 
 
@@ -45,3 +45,15 @@ def test_networks_and_transforms_with_plain_arguments_pass(definitions: Any) -> 
 def test_anything_else_is_refused_naming_the_file(definitions: Any) -> None:
     with pytest.raises(CheckpointError, match=r"best\.pt: .*only networks and transforms"):
         check_definitions(definitions, "best.pt")
+
+
+def test_a_network_is_built_from_what_a_checkpoint_defines():
+    definition = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
+    network = build_network({"network_def": definition}, "a.pt")
+    assert network.weight.shape == (3, 2)
+
+
+@pytest.mark.parametrize("definition", [None, {"_target_": "os.system", "command": "true"}])
+def test_no_network_is_built_from_anything_else(definition):
+    with pytest.raises(CheckpointError, match=r"^a\.pt: "):
+        build_network({"network_def": definition}, "a.pt")

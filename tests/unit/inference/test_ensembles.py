@@ -262,3 +262,34 @@ def test_weights_are_counted_before_anything_is_read(saved: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="2 weights for 3 predictions"):
         load_ensemble(member(9), [saved], read=unread, load=load, weights=[1, 2])
+
+
+def test_members_of_other_architectures_are_built_from_their_checkpoints(tmp_path: Path) -> None:
+    """And compared in all else: a network may differ, what it was shown may not."""
+    wide = nn.Sequential(nn.Conv2d(1, 5, 1), nn.Conv2d(5, 3, 1)).requires_grad_(False)
+    saved = {"narrow": (MEMBERS[0], {"_target_": "narrow"}), "wide": (wide, {"_target_": "wide"})}
+    for name, (network, definition) in saved.items():
+        content = {"model": network.state_dict(), "network_def": definition, "sees": "grey"}
+        torch.save(content, tmp_path / f"{name}.pt")
+    compared: list[Mapping[str, Any]] = []
+
+    def check(content: Mapping[str, Any], *, source: Any, settings: Mapping[str, Any]) -> None:
+        compared.append(settings)
+
+    def build(content: Mapping[str, Any], source: Any) -> nn.Module:
+        assert content["network_def"] == {"_target_": "wide"}
+        return nn.Sequential(nn.Conv2d(1, 5, 1), nn.Conv2d(5, 3, 1))
+
+    ensemble = load_ensemble(
+        member(9),
+        [tmp_path / "narrow.pt", tmp_path / "wide.pt"],
+        read=lambda path: torch.load(path, weights_only=True),
+        load=lambda network, content, source: network.load_state_dict(content["model"]),
+        check=check,
+        settings={"network_def": {"_target_": "narrow"}, "architecture": "a", "sees": "grey"},
+        build=build,
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(ensemble(VALUES), Ensemble([MEMBERS[0], wide])(VALUES))
+    assert compared[1] == {"sees": "grey"}
+    assert compared[0]["network_def"] == {"_target_": "narrow"}

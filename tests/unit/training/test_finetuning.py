@@ -244,3 +244,14 @@ def test_a_single_word_is_no_list_of_parts():
 def test_a_wrong_setting_is_named():
     with pytest.raises(ConfigurationError, match="input_channels must be 'error' or 'adapt'"):
         load_pretrained(unet(), {}, input_channels="repeat")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_that_others_saved_are_read_from_their_file(tmp_path, legacy):
+    """A plain state dict, as model zoos give it, in torch's format of today or of old."""
+    source, network = trained(unet()), unet()
+    path = tmp_path / "weights.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    load_pretrained(network, path)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
