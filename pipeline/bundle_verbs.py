@@ -95,7 +95,8 @@ def _run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workf
     if workflow == "inference":
         from pipeline.data.atomic import check_writable
 
-        check_writable(Path(options.output))  # before gigabytes of weights are read
+        output = Path(options.output).absolute()  # before gigabytes of weights are read
+        check_writable(next(path for path in (output, *output.parents) if path.is_dir()))
     started_s = time.time()
     try:
         with answers_only(options.json):

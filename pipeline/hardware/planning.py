@@ -30,6 +30,12 @@ __all__ = ["Plan", "apply_plan", "learning_rate_for", "plan"]
 _AS_STORED = "as in the checkpoint"
 
 
+_KEPT = (
+    "device", "tier", "batch_size", "accumulation_steps", "effective_batch_size", "learning_rate",
+    "precision", "memory_efficient", "processes", "estimated_bytes",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run does on its machine, and why.
@@ -82,6 +88,14 @@ class Plan:
             item.name: dict(self.reasons) if item.name == "reasons" else getattr(self, item.name)
             for item in fields(self)
         }
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, and a resumed run goes on with.
+
+        It is the same whenever the run is started on a machine: what the moment decides, such as
+        the free memory, is not in it.
+        """
+        return {name: getattr(self, name) for name in _KEPT}
 
     def lines(self) -> tuple[str, ...]:
         """Return a short table for the log: what was decided, and why."""
@@ -156,7 +170,7 @@ def plan(
         estimate: called with the precision and `memory_efficient`, only where `batch_size` is
             `auto`; None estimates nothing and computes the whole batch at once.
         agree: returns the smallest of a number over all processes, which must plan alike.
-        stored: `Plan.as_dict` of the run that is continued, which decides what is `auto`; what only
+        stored: `Plan.kept` of the run that is continued, which decides what is `auto`; what only
             concerns the machine is planned anew on another device.
 
     Raises:

@@ -92,11 +92,11 @@ def test_row_34_a_read_only_folder_is_refused_first(door, photographs, shared_da
     ended = door.train(shared_data, locked / "run", no_privileges=[])
     ended.complained(5, locked / "run", "cannot be written", "choose another output folder")
     ended = door.predict(photographs, locked / "results", no_privileges=[])
-    ended.complained(5, locked / "results", "cannot be written", "choose another output folder")
+    ended.complained(5, locked, "cannot be written", "choose another output folder")
     assert not list(locked.iterdir())
     absent = f"ckpt_path={tmp_path / 'absent.pt'}"
     ended = door.predict(photographs, locked / "results", absent, no_privileges=[])
-    ended.complained(5, locked / "results", "cannot be written")
+    ended.complained(5, locked, "cannot be written")
 
 
 @row(

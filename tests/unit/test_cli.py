@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import monai.bundle  # noqa: F401 - now: its log keeps the stderr that it is first imported under
 import pytest
@@ -137,7 +138,7 @@ def test_a_negative_number_is_a_value_and_a_lone_name_is_true(bundle, runs):
 def test_predict_maps_input_and_output(bundle, runs, tmp_path):
     (tmp_path / "photos").mkdir()
     assert cli.main(["predict", "tiny", "-i", "photos", "-o", "out"]) == 0
-    settings = {"dataset_dir": "photos", "output_dir": "out"}
+    settings = {"dataset_dir": Path("photos"), "output_dir": Path("out")}
     assert runs == [("tiny", "inference", [], settings)]
 
 
@@ -147,7 +148,8 @@ def test_an_ensemble_is_a_prediction_with_several_checkpoints(bundle, runs, tmp_
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     assert cli.main(["ensemble", "tiny", "own.pt", "runs", "-i", ".", "-o", "out"]) == 0
-    settings = {"dataset_dir": ".", "output_dir": "out", "ckpt_path": "own.pt", "ensemble": best}
+    settings = {"dataset_dir": Path(), "output_dir": Path("out")}
+    settings |= {"ckpt_path": "own.pt", "ensemble": best}
     assert runs == [("tiny", "inference", [], settings)]
 
 

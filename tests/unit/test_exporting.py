@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def checkpoint(tmp_path, repository, monkeypatch):
         "threshold": 0.5,
     }
     return write_checkpoint(tmp_path / "weights" / "small.pt", content)
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_of_earlier_runs(monkeypatch):
+    """A bundle's logging.conf leaves handlers behind, whose streams end with their test."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("pipeline"), "handlers", [])
 
 
 @pytest.fixture

@@ -112,7 +112,9 @@ def test_validation_loss_is_the_mean_over_cases_of_raw_logits(batch_size: int) -
 
 
 def test_batch_metrics_read_what_monais_trainer_leaves() -> None:
+    torch.manual_seed(0)
     network = nn.Conv2d(1, 1, 1)
+    nn.init.ones_(network.bias)  # foreground somewhere, whatever the weight
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
