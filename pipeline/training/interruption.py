@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import traceback
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ _ECHO_S = 1.0
 _KILLED_WORKER = re.compile(
     r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+\w|exited unexpectedly)"
 )
+_NOTICE_S = 1.0
 
 
 class Interruption:
@@ -150,6 +152,29 @@ def _killed_worker(error: BaseException) -> str | None:
     while current is not None and id(current) not in seen:
         if isinstance(current, RuntimeError) and (found := _KILLED_WORKER.search(str(current))):
             return found[0]
+        if isinstance(current, ConnectionError | EOFError) and _from_loader(current):
+            return _notice_of_death()
         seen.add(id(current))
         current = current.__cause__ or current.__context__
     return None
+
+
+def _from_loader(error: BaseException) -> bool:
+    """Return whether an error was raised while the loader took a batch from a worker."""
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.endswith("torch/utils/data/dataloader.py") for name in files)
+
+
+def _notice_of_death() -> str:
+    """Wait for the system's notice that a worker is gone, and return what torch says of it.
+
+    Its connection may break before: torch raises its error as the notice comes, wherever the
+    program is then, and that is better here than in what follows.
+    """
+    try:
+        time.sleep(_NOTICE_S)
+    except RuntimeError as notice:
+        if found := _KILLED_WORKER.search(str(notice)):
+            return found[0]
+        raise
+    return "its connection broke"

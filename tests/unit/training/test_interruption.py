@@ -338,3 +338,19 @@ def test_torchs_words_for_a_lost_worker_are_known(text: str) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ResourceError("disk full")])
 def test_other_errors_stay_as_they_are(error: Exception) -> None:
     assert explained(error) is error
+
+
+@pytest.mark.parametrize(
+    ("place", "lost"), [("/lib/torch/utils/data/dataloader.py", True), ("/home/mine.py", False)]
+)
+def test_a_connection_that_breaks_inside_the_loader_is_a_lost_worker(
+    monkeypatch: pytest.MonkeyPatch, place: str, lost: bool
+) -> None:
+    """A worker that dies may be noticed so before the system tells of its death."""
+    monkeypatch.setattr(interruption, "_NOTICE_S", 0.0)
+    broken = compile("raise ConnectionResetError(104, 'reset by peer')", place, "exec")
+    with pytest.raises(ConnectionResetError) as caught:
+        exec(broken)
+    told = explained(caught.value)
+    assert isinstance(told, ResourceError) == lost
+    assert lost == ("a loader worker was lost (its connection broke)" in str(told))
