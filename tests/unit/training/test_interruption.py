@@ -341,7 +341,7 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "lost"), [("/lib/torch/utils/data/dataloader.py", True), ("/home/mine.py", False)]
+    ("place", "lost"), [("/lib/torch/utils/data/dataloader.py", True), ("mine.py", False)]
 )
 def test_a_connection_that_breaks_inside_the_loader_is_a_lost_worker(
     monkeypatch: pytest.MonkeyPatch, place: str, lost: bool
