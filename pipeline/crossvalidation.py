@@ -36,7 +36,8 @@ from pipeline.training.run_lock import RunLock
 
 __all__ = ["FoldsPlan", "Outcome", "cross_validate", "plan_folds"]
 
-_IDENTITY = ("bundle", "manifest", "count", "seed")  # what decides which cases are in which fold
+# What decides which cases are in which fold.
+_IDENTITY = ("bundle", "manifest", "count", "fold_seed")
 _STOPPED = frozenset({Preempted.exit_code, Interrupted.exit_code})
 _FIGURES = ("metric", "best", "best_epoch", "epochs")
 
@@ -54,7 +55,7 @@ class FoldsPlan:
         folder: where `fold_<k>` and `folds.yaml` go.
         manifest: whose folds they are.
         count: how many folds it has.
-        seed: of the run, which may deal the folds; None where the bundle has none.
+        fold_seed: that deals the folds; None: the manifest's own.
         restart: train folds anew that are done.
         fingerprint: of the configuration that every fold is trained with.
     """
@@ -65,7 +66,7 @@ class FoldsPlan:
     folder: Path
     manifest: str
     count: int
-    seed: int | None
+    fold_seed: int | None
     restart: bool
     fingerprint: str
 
@@ -139,7 +140,7 @@ def plan_folds(
         folder=Path(folder),
         manifest=manifest.name,
         count=int(manifest.folds["k"]),
-        seed=merged.get("seed"),
+        fold_seed=merged.get("fold_seed"),
         restart=merged.get("resume") is False,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
@@ -164,7 +165,7 @@ def cross_validate(
         say: gets a line at the beginning and end of each fold.
 
     Raises:
-        ConfigurationError: the folder holds the folds of another bundle, manifest or seed, or
+        ConfigurationError: the folder holds the folds of another bundle, manifest or fold_seed, or
             another cross-validation is at work there.
     """
     path = plan.folder / FOLDS_FILE
@@ -243,7 +244,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _identity(plan: FoldsPlan) -> dict[str, Any]:
     name = Path(plan.bundle).name
-    return {"bundle": name, "manifest": plan.manifest, "count": plan.count, "seed": plan.seed}
+    return dict(zip(_IDENTITY, (name, plan.manifest, plan.count, plan.fold_seed), strict=True))
 
 
 def _train_fold(

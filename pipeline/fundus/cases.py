@@ -17,6 +17,7 @@ __all__ = ["training_cases"]
 logger = logging.getLogger(__name__)
 
 _PHANTOM_MANIFEST = "vessel_pairs"
+_PHANTOM_SEED = 42
 
 
 def training_cases(
@@ -24,7 +25,7 @@ def training_cases(
     manifest: str,
     phantom_dir: str,
     fold: int | None = None,
-    seed: int = 0,
+    fold_seed: int | None = None,
     check: bool = True,
     verify: bool = True,
     follow_symlinks: bool = False,
@@ -36,7 +37,7 @@ def training_cases(
         manifest: name or path of the manifest that describes the folder.
         phantom_dir: where the phantom's files go.
         fold: which of the manifest's folds validates; None takes the manifest's own validation set.
-        seed: of the folds and of the phantom.
+        fold_seed: of the folds; None: the manifest's.
         check: read every file first, so that all problems are listed before training starts.
         verify: where the manifest records checksums, refuse files that have changed.
         follow_symlinks: accept links that lead out of `dataset_dir`.
@@ -47,7 +48,7 @@ def training_cases(
     facts = []
     if dataset_dir is None:
         dataset_dir, manifest = (
-            str(write_phantom_dataset(Path(phantom_dir), seed=seed)),
+            str(write_phantom_dataset(Path(phantom_dir), seed=_PHANTOM_SEED)),
             _PHANTOM_MANIFEST,
         )
         facts.append("no dataset_dir: training on the PHANTOM (drawn photographs, not real ones)")
@@ -58,7 +59,7 @@ def training_cases(
     )
     if check and (problems := check_samples(samples, described)):
         raise InputErrors(problems, f"found wrong in {dataset_dir}")
-    split = split_samples(samples, described, fold, seed)
+    split = split_samples(samples, described, fold, fold_seed)
     sides = (split.train, split.val, split.test)
     fovs = sum(sample.fov is not None for side in sides for sample in side)
     counted = found(described, dataset_dir, fold, *sides)

@@ -180,7 +180,7 @@ def _over_folds(folder: Path, folds: Mapping[int, Path]) -> dict[str, Measure]:
     done = {k: path for k, path in folds.items() if status.get(k, "done") == "done"}
     left_out = len(set(folds) | set(status)) - len(done)
     note = f"{left_out} more not done" if left_out else ""
-    identity = [summary.get(key) for key in ("manifest", "count", "seed")]
+    identity = [summary.get(key) for key in ("manifest", "count", "fold_seed")]
     origin = " ".join(map(str, identity)) if summary else ""
     found: dict[str, dict[str, float]] = {}
     for number, path in done.items():

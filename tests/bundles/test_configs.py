@@ -6,6 +6,7 @@ import ast
 import builtins
 import importlib
 import inspect
+import itertools
 import json
 import pydoc
 import re
@@ -34,6 +35,7 @@ TRAINING_IDS = INFERENCE_IDS | {
     "manifest",
     "name",
     "fold",
+    "fold_seed",
     "seed",
     "resume",
     "max_epochs",
@@ -332,6 +334,17 @@ def test_handlers_are_lists_of_definitions(combination):
         handlers = config[id] if id == "handlers" else config[id]["handlers"]
         assert isinstance(handlers, list)
         assert all(isinstance(handler, dict) for handler in handlers)
+
+
+def test_ids_that_bundles_share_stand_in_one_order():
+    """Who knows one `train.yaml` finds the way in the next."""
+    everywhere = Path(find_bundle_root("fundus_vessels")).parent
+    orders = [list(read_config(path)) for path in everywhere.glob("*/configs/train.yaml")]
+    assert len(orders) == 5
+    for first, second in itertools.combinations(orders, 2):
+        shared = [id for id in first if id in second]
+        assert shared == [id for id in second if id in first]
+        assert set(shared) >= TRAINING_IDS
 
 
 def test_an_overlay_replaces_and_never_extends(config_file):

@@ -22,6 +22,7 @@ TRAIN = """
 name: default
 manifest: drive
 fold: null
+fold_seed: null
 output_dir: $some_expression(@name, @fold)
 max_epochs: 3
 seed: 1
@@ -168,7 +169,7 @@ def test_resume_false_begins_anew(trained):
     assert outcome.summary["runs"][0]["started"] >= first.summary["runs"][0]["ended"]
 
 
-@pytest.mark.parametrize("change", [{"manifest": "hrf"}, {"seed": 2}, {"manifest": "stare"}])
+@pytest.mark.parametrize("change", [{"manifest": "hrf"}, {"fold_seed": 2}, {"manifest": "stare"}])
 def test_folds_of_other_cases_do_not_go_on_from_these(trained, change):
     trained()
     with pytest.raises(ConfigurationError, match=r"cv/folds.yaml: .*choose another output_dir"):

@@ -172,7 +172,7 @@ def folds(base: Path, best: list[float], *, undone: int | None = None, **summary
         {"fold": number, "status": "failed" if number == undone else "done"}
         for number in range(len(best))
     ]
-    identity = {"manifest": "drive", "count": len(best), "seed": 1, **summary}
+    identity = {"manifest": "drive", "count": len(best), "fold_seed": 1, **summary}
     (base / "folds.yaml").write_text(yaml.safe_dump({**identity, "runs": runs}))
     return base
 
@@ -196,7 +196,7 @@ def test_a_fold_that_is_not_done_is_left_out_and_said(tmp_path):
 def test_folds_of_the_same_cases_are_paired(tmp_path):
     one = folds(tmp_path / "one", [0.7, 0.8, 0.6])
     two = folds(tmp_path / "two", [0.71, 0.82, 0.63])
-    other = folds(tmp_path / "other", [0.7, 0.8, 0.6], seed=2)
+    other = folds(tmp_path / "other", [0.7, 0.8, 0.6], fold_seed=2)
     comparison = compare_runs([one, two, other])
     difference = row_of(comparison, "val_dice", two)["difference"]
     assert difference["mean"] == pytest.approx(0.02)
