@@ -24,6 +24,7 @@ __all__ = [
     "Problem",
     "ResourceError",
     "exit_code",
+    "first_line",
     "lamina_cause",
 ]
 
@@ -107,6 +108,11 @@ class InputErrors(InputError):  # noqa: N818 - the plural of InputError
         shown = "; ".join(str(problem) for problem in self.problems[:20])
         more = f"; and {len(self.problems) - 20} more" if len(self.problems) > 20 else ""
         super().__init__(f"{len(self.problems)} {context}: {shown}{more}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what `error` says first, to be part of a line of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def lamina_cause(error: BaseException) -> LaminaError | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.arguments import EXPORT_SUFFIXES
 from pipeline.bundles import open_config
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, first_line
 from pipeline.resolving import build
 
 if TYPE_CHECKING:
@@ -228,7 +228,6 @@ def _asked(
 ) -> dict[str, Any]:
     """Return whether the file gives for `windows` what the network gives, and what it gave."""
     from pipeline.hardware.out_of_memory import is_out_of_memory
-    from pipeline.inference.export import first_line
     from pipeline.inference.exported import Agreement, flat_outputs
 
     expected = flat_outputs(network, windows)

@@ -7,6 +7,7 @@ network's own before the bytes get a name.
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
-from pipeline.inference.export import BackendError, export_onnx, first_line, load_package
+from pipeline.inference.export import BackendError, export_onnx, load_package
 from pipeline.inference.exported import flat_outputs
 from pipeline.inference.runtimes import open_graph
 
 __all__ = ["ABOUT", "WRITERS", "NetworkFile", "network_file"]
+
+logger = logging.getLogger(__name__)
 
 ABOUT = "lamina.json"  # the name under which a format keeps what the file says of itself
 
@@ -119,9 +123,13 @@ def _torchscript(network: nn.Module, window: Tensor, about: str) -> NetworkFile:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # sizes are traced
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch 2.13: the format
-        traced = torch.jit.trace(network, window, check_trace=False)
+        try:
+            module = torch.jit.script(network)  # unlike a trace it takes any size
+        except RuntimeError as error:  # a network of one's own that TorchScript cannot compile
+            logger.warning("TorchScript by a trace, for its size alone: %s", first_line(error))
+            module = torch.jit.trace(network, window, check_trace=False)
         buffer = io.BytesIO()
-        torch.jit.save(traced, buffer, _extra_files={ABOUT: about})
+        torch.jit.save(module, buffer, _extra_files={ABOUT: about})
         buffer.seek(0)
         opened = torch.jit.load(buffer)
     return NetworkFile({".ts": buffer.getvalue()}, lambda windows: flat_outputs(opened, windows))

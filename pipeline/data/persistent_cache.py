@@ -31,6 +31,7 @@ from pipeline.data.atomic import write_bytes
 from pipeline.data.cached_items import pack, unpack
 from pipeline.data.file_constants import file_identity
 from pipeline.data.transform_settings import digest
+from pipeline.errors import first_line
 
 __all__ = ["FORMAT", "PersistentCache"]
 
@@ -189,7 +190,7 @@ def _read(entry: Path, files: str) -> Any:
     except FileNotFoundError:
         pass
     except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         entry.unlink(missing_ok=True)
         logger.warning("%s: damaged or foreign cache entry (%s), built anew", entry, reason)
     return _ABSENT

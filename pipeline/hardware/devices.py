@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipeline.data.budget import available_bytes
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +184,5 @@ def _problem(device: torch.device) -> str:
         gradient = weight.grad
         right = gradient is not None and bool((output == 4.5).all() and (gradient == 36.0).all())
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        return first.split(". ")[0]
+        return first_line(error).split(". ")[0]
     return "" if right else "a small convolution gave wrong values"

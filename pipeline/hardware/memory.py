@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, first_line
 from pipeline.hardware.batch_memory import BatchMemory, highest
 from pipeline.hardware.fake_tensors import without_data
 from pipeline.hardware.simulated_step import (
@@ -28,7 +28,6 @@ from pipeline.hardware.simulated_step import (
     SimulatedStep,
     SimulatedUpdates,
     StepSettings,
-    first_line,
     use_channels_last,
 )
 from pipeline.hardware.storages import CATEGORIES, LiveStorages

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, first_line
 from pipeline.hardware.storages import LiveStorages
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "SimulatedUpdates",
     "StepSettings",
     "batch_of",
-    "first_line",
     "use_channels_last",
 ]
 
@@ -203,8 +202,3 @@ def use_channels_last(network: nn.Module) -> None:
             if weight.dim() == 4:
                 moved = weight.detach().contiguous(memory_format=torch.channels_last)
                 setattr(module, name, nn.Parameter(moved, weight.requires_grad))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
-from pipeline.inference.export import BackendError, ExportCache, first_line
+from pipeline.inference.export import BackendError, ExportCache
 from pipeline.inference.exported import Agreement, ExportedNetwork, Runtime, flat_outputs, plain
 from pipeline.inference.passes import Structure
 from pipeline.inference.runtimes import Graph, Precision

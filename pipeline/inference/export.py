@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.atomic import check_writable, write_bytes, write_text
-from pipeline.errors import ConfigurationError, ResourceError
+from pipeline.errors import ConfigurationError, ResourceError, first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
 from pipeline.inference.passes import Structure
 
@@ -26,7 +26,6 @@ __all__ = [
     "BackendError",
     "ExportCache",
     "export_onnx",
-    "first_line",
     "load_package",
     "network_digest",
 ]
@@ -156,11 +155,6 @@ def export_onnx(network: nn.Module, windows: Tensor) -> bytes:
                 f"({first_line(error)}); set backend: torch"
             ) from error
         return path.read_bytes()
-
-
-def first_line(error: BaseException) -> str:
-    """Return what `error` says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _expect_warnings() -> None:

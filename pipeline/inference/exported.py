@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
 from pipeline.inference.export import (
     BackendError,
     ExportCache,
     export_onnx,
-    first_line,
     network_digest,
 )
 from pipeline.inference.passes import Structure

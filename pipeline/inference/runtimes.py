@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.errors import first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
-from pipeline.inference.export import BackendError, first_line, load_package
+from pipeline.inference.export import BackendError, load_package
 
 __all__ = ["Graph", "Precision", "open_graph"]
 

@@ -1,24 +1,29 @@
-"""Networks that halve what they see, on images and volumes of any size."""
+"""Networks that halve what they see, on images and volumes of any size.
+
+What `forward` calls here is written for TorchScript too, which knows no `super()`, no generators
+and no tuples of any length: a scripted network still pads and crops, and names what does not fit.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigurationError
 
-__all__ = ["AnySizeNetwork", "cropped", "pad_to_multiple", "positive_widths"]
+__all__ = ["AnySizeNetwork", "check_shape", "cropped", "pad_to_multiple", "positive_widths"]
 
 
 class AnySizeNetwork(nn.Module, ABC):
     """Run a network that needs multiples of `divisor` on images of any size.
 
     Sizes that do not divide are padded by reflection and the result is cropped back. Subclasses
-    define `logits`, and name their parts where these are not called as a U-Net's are here.
+    define `logits`, `activated` where logits are not the result, and name their parts where these
+    are not called as a U-Net's are here.
 
     Args:
         in_channels: channels of the image.
@@ -48,22 +53,41 @@ class AnySizeNetwork(nn.Module, ABC):
     def logits(self, image: Tensor) -> Tensor:
         """Return logits of an `image` whose height and width are multiples of `divisor`."""
 
+    def activated(self, logits: Tensor) -> Tensor:
+        """Return the result for `logits`, here these themselves."""
+        return logits
+
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits `(B, out_channels, H, W)` of `image`, `(B, in_channels, H, W)`.
+        """Return `(B, out_channels, H, W)` for `image`, `(B, in_channels, H, W)`, of any size.
 
         Raises:
             ConfigurationError: the shape does not suit the network.
         """
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
-            raise ConfigurationError(
-                f"{type(self).__name__} expects (B, {self.in_channels}, H, W), got an image of "
-                f"shape {tuple(image.shape)}; set in_channels or the transforms to match"
-            )
+        check_shape(image, self.in_channels, axes=2)
         padded, before = pad_to_multiple(image, self.divisor)
-        return cropped(self.logits(padded), before, image.shape[2:])
+        return self.activated(cropped(self.logits(padded), before, list(image.shape[2:])))
 
 
-def pad_to_multiple(image: Tensor, divisor: int) -> tuple[Tensor, tuple[int, ...]]:
+def check_shape(image: Tensor, channels: int, axes: int) -> None:
+    """Check that an image `(B, channels, H, W)` or a volume `(B, channels, D, H, W)` is one.
+
+    Args:
+        image: what a network was given.
+        channels: how many it expects.
+        axes: 2 for images, 3 for volumes.
+
+    Raises:
+        ConfigurationError: another number of axes or channels.
+    """
+    if image.ndim != axes + 2 or image.shape[1] != channels:
+        kind, sides = ("an image", "H, W") if axes == 2 else ("a volume", "D, H, W")
+        raise ConfigurationError(
+            f"the network expects (B, {channels}, {sides}), got {kind} of shape "
+            f"{list(image.shape)}; set in_channels or the transforms to match"
+        )
+
+
+def pad_to_multiple(image: Tensor, divisor: int) -> tuple[Tensor, list[int]]:
     """Pad an image or a volume by reflection until its sizes are multiples of `divisor`.
 
     Args:
@@ -77,28 +101,23 @@ def pad_to_multiple(image: Tensor, divisor: int) -> tuple[Tensor, tuple[int, ...
     Raises:
         ConfigurationError: the image is too small to be reflected that far.
     """
-    sizes = tuple(image.shape[2:])
-    missing = tuple(-size % divisor for size in sizes)
-    if all(count == 0 for count in missing):
-        return image, (0,) * len(sizes)
-    before = tuple(count // 2 for count in missing)
-    after = tuple(count - first for count, first in zip(missing, before, strict=True))
-    if any(count >= size for count, size in zip(after, sizes, strict=True)):
-        kind, unit = ("image", "px") if len(sizes) == 2 else ("volume", "voxels")
-        target = "x".join(str(size + count) for size, count in zip(sizes, missing, strict=True))
-        raise ConfigurationError(
-            f"{kind} of {'x'.join(map(str, sizes))} {unit} is too small for a network that halves "
-            f"it to multiples of {divisor}; pad it to {target} {unit} first, or use fewer levels"
-        )
-    margins = [count for pair in zip(before[::-1], after[::-1], strict=True) for count in pair]
+    sizes = list(image.shape[2:])
+    missing = [-size % divisor for size in sizes]
+    before = [count // 2 for count in missing]
+    if not any(missing):
+        return image, before
+    _check_reflection(sizes, missing, divisor)
+    margins: list[int] = []  # the last axis first
+    for count in missing[::-1]:
+        margins += [count // 2, count - count // 2]
     return functional.pad(image, margins, mode="reflect"), before
 
 
-def cropped(image: Tensor, before: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def cropped(image: Tensor, before: list[int], sizes: list[int]) -> Tensor:
     """Return the part of `image` `(B, C, ...)` of the given `sizes` that begins at `before`."""
-    slices = (slice(start, start + size) for start, size in zip(before, sizes, strict=True))
-    box: tuple[Any, ...] = (..., *slices)
-    return image[box]
+    for axis, size in enumerate(sizes, start=2):
+        image = image.narrow(axis, before[axis - 2], size)
+    return image
 
 
 def positive_widths(name: str, widths: Sequence[int], levels: int | None = None) -> tuple[int, ...]:
@@ -119,3 +138,19 @@ def positive_widths(name: str, widths: Sequence[int], levels: int | None = None)
             f"{name} must be {number} positive widths, one per level, got {list(widths)!r}"
         )
     return tuple(widths)
+
+
+def _check_reflection(sizes: list[int], missing: list[int], divisor: int) -> None:
+    """Check that each side of the image can be mirrored as far as it must."""
+    too_small = [count - count // 2 >= size for size, count in zip(sizes, missing, strict=True)]
+    if any(too_small):
+        kind, unit = ("image", "px") if len(sizes) == 2 else ("volume", "voxels")
+        target = [size + count for size, count in zip(sizes, missing, strict=True)]
+        raise ConfigurationError(
+            f"{kind} of {_by(sizes)} {unit} is too small for a network that halves it to multiples "
+            f"of {divisor}; pad it to {_by(target)} {unit} first, or use fewer levels"
+        )
+
+
+def _by(sizes: list[int]) -> str:
+    return "x".join([str(size) for size in sizes])

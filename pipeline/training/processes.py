@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.handlers import ValidationHandler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -294,8 +294,22 @@ class Validation(ValidationHandler):
     """Run the validator in process 0 and tell its metrics to the others.
 
     They then agree on the best epoch and on when to stop. Its metrics must not gather by
-    themselves: the other processes do not take part.
+    themselves: the other processes do not take part. With `epoch_level` the last epoch is
+    validated whatever the interval: a short run has a best epoch too.
     """
+
+    def attach(self, engine: Engine) -> None:
+        """Validate when one of the trainer's epochs, or iterations, is due."""
+        if not self.epoch_level:
+            super().attach(engine)
+            return
+
+        def due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+        if self.exec_at_start:
+            engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         """Validate the trainer's present epoch."""

@@ -21,7 +21,7 @@ from monai.utils.enums import CommonKeys
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeline.errors import ConfigurationError, DivergedError, ResourceError
+from pipeline.errors import ConfigurationError, DivergedError, ResourceError, first_line
 from pipeline.hardware.out_of_memory import is_out_of_memory
 from pipeline.training.equality import equality_notes
 from pipeline.training.groups import Place, place_in_group
@@ -229,7 +229,7 @@ class TrainingStep:
                     raise
                 if self.pieces >= max(len(batch.inputs) for batch in self._group):
                     raise ResourceError(
-                        f"out of memory with one sample at a time ({_first_line(error)}); "
+                        f"out of memory with one sample at a time ({first_line(error)}); "
                         "use a smaller patch_size or network, or a device with more memory"
                     ) from error
             # Not inside the handler: the exception would keep what had been computed in memory.
@@ -334,10 +334,6 @@ class TrainingStep:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=_DTYPES[self.precision])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _whose(names: Sequence[str]) -> str:

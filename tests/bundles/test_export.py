@@ -136,6 +136,42 @@ def test_an_exported_network_answers_as_torch_does_and_says_what_it_is(
     assert {one.name for one in tmp_path.iterdir()} == {one.name for one in export.paths}
 
 
+def test_the_model_zoos_check_takes_the_shipped_network(bundle, random, tmp_path):
+    """As `verify_torchscript` of the zoo's checks: scripted, from a state dict and nothing else."""
+    import torch
+    from monai.bundle import ConfigParser, ckpt_export
+    from monai.data import load_net_with_metadata
+
+    shipped = bundle.root / "models" / "model.pt"
+    if not shipped.is_file():
+        pytest.skip(f"{bundle.name} ships no weights yet: models/model.pt is missing")
+    weights = torch.load(shipped, weights_only=True)["model"]
+    torch.save(weights, tmp_path / "model.pt")
+    metadata, config = (bundle.root / "configs" / f for f in ("metadata.json", "inference.yaml"))
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(tmp_path / "verify_model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=str(metadata),
+        config_file=str(config),
+        bundle_root=str(bundle.root),
+    )
+    scripted, about, files = load_net_with_metadata(
+        str(tmp_path / "verify_model.ts"), more_extra_files=["inference.json"]
+    )
+    assert about == read_config(metadata)
+    assert json.loads(files["inference.json"]) == ConfigParser.load_config_file(config)
+
+    parser = ConfigParser(read_config(config))
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(weights)
+    assert scripted.state_dict().keys() == weights.keys()
+    windows = random.windows(count=2)
+    with torch.no_grad():
+        for seen in (windows, windows[..., 3:, :-5]):  # any size: the script pads and crops
+            torch.testing.assert_close(scripted(seen), network(seen))
+
+
 def test_monais_own_export_takes_the_network(bundle, random, tmp_path):
     """As `python -m monai.bundle ckpt_export --use_trace True`."""
     import torch

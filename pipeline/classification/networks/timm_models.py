@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import ConfigurationError
-from pipeline.inference.export import first_line
+from pipeline.errors import ConfigurationError, first_line
 
 __all__ = ["timm_network"]
 

@@ -131,11 +131,6 @@ class VesselNetwork(AnySizeNetwork):
             )
         self.final_activation = final_activation
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return `(B, out_channels, H, W)` for `image`, `(B, in_channels, H, W)`, of any size.
-
-        Raises:
-            ConfigurationError: the shape does not suit the network.
-        """
-        result = super().forward(image)
-        return torch.sigmoid(result) if self.final_activation == "sigmoid" else result
+    def activated(self, logits: Tensor) -> Tensor:
+        """Return `logits`, or the probabilities that they stand for."""
+        return torch.sigmoid(logits) if self.final_activation == "sigmoid" else logits

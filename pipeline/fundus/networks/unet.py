@@ -62,7 +62,7 @@ class UNet(VesselNetwork):
             skips.append(features)
             features = functional.max_pool2d(features, 2)
         features = self.context(self.bottleneck(features))
-        for up, level, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
-            features = level(torch.cat([up(features), skip], dim=1))
+        for up, level in zip(self.up, self.decoder, strict=True):
+            features = level(torch.cat([up(features), skips.pop()], dim=1))
         result: Tensor = self.head(features)
         return result

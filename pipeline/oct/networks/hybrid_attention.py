@@ -138,9 +138,8 @@ class HybridAttentionUNet(AnySizeNetwork):
             skips.append(features)
             features = functional.max_pool2d(features, 2)
         features = self.bottleneck(features)
-        levels = zip(self.up, self.gates, self.decoder, reversed(skips), strict=True)
-        for up, gate, level, skip in levels:
-            features = level(torch.cat([up(features), gate(skip, features)], dim=1))
+        for up, gate, level in zip(self.up, self.gates, self.decoder, strict=True):
+            features = level(torch.cat([up(features), gate(skips.pop(), features)], dim=1))
         result: Tensor = self.head(features)
         return result
 

@@ -54,9 +54,9 @@ class SmallUNet(AnySizeNetwork):
             skips.append(features)
             features = functional.max_pool2d(features, 2)
         features = self.bottleneck(features)
-        for level, skip in zip(self.decoder, reversed(skips), strict=True):
+        for level in self.decoder:
             above = functional.interpolate(features, scale_factor=2.0, mode="nearest")
-            features = level(torch.cat([above, skip], dim=1))
+            features = level(torch.cat([above, skips.pop()], dim=1))
         result: Tensor = self.head(features)
         return result
 

@@ -16,13 +16,11 @@ class SobelMagnitude(nn.Module):
     the state dict. Beyond the border the image goes on as it ends, so that the border is no edge.
     """
 
-    kernels: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
         kernels = torch.stack([across, across.T])[:, None]
-        self.register_buffer("kernels", kernels, persistent=False)
+        self.kernels = nn.Buffer(kernels, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the edges of `image`, `(B, C, H, W)`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigurationError
-from pipeline.training.any_size import cropped, pad_to_multiple
+from pipeline.training.any_size import check_shape, cropped, pad_to_multiple
 
 __all__ = ["ConvNorm", "Norm", "SkipNetwork"]
 
@@ -125,23 +125,17 @@ class SkipNetwork(nn.Module):
         Raises:
             ConfigurationError: the shape does not suit the network.
         """
-        if volume.ndim != 5 or volume.shape[1] != self.in_channels:
-            raise ConfigurationError(
-                f"{type(self).__name__} expects (B, {self.in_channels}, D, H, W), got a volume of "
-                f"shape {tuple(volume.shape)}; set in_channels or the channel transform to match"
-            )
+        check_shape(volume, self.in_channels, axes=3)
         padded, before = pad_to_multiple(volume, self.divisor)
         levels = self._levels(padded)
-        if len(levels) > 1:
-            if padded is not volume:
-                raise ConfigurationError(
-                    f"deep supervision needs patches whose sizes are multiples of {self.divisor}, "
-                    f"got {'x'.join(str(int(size)) for size in volume.shape[2:])}; set patch_size"
-                )
-            return levels
-        if padded is volume:
-            return levels[0]
-        return cropped(levels[0], before, volume.shape[-3:])
+        if len(levels) == 1:
+            return cropped(levels[0], before, list(volume.shape[2:]))
+        if padded is not volume:
+            raise ConfigurationError(
+                f"deep supervision needs patches whose sizes are multiples of {self.divisor}, "
+                f"got {'x'.join([str(size) for size in volume.shape[2:]])}; set patch_size"
+            )
+        return levels
 
     def _levels(self, volume: Tensor) -> list[Tensor]:
         """Return logits of every supervised level, the full size first; sizes must divide."""
@@ -150,12 +144,15 @@ class SkipNetwork(nn.Module):
         for block in self.encoder:
             features = block(features)
             skips.append(features)
-        heads: Sequence[nn.Module] = list(self.heads) if self.training else [self.heads[0]]
+        features = skips.pop()
+        supervised = len(self.heads) if self.training else 1
+        decoded: list[Tensor] = []
+        for up, block in zip(self.up, self.decoder, strict=True):
+            features = block(torch.cat([up(features), skips.pop()], dim=1))
+            decoded.append(features)
+            decoded = decoded[-supervised:]  # the others are no longer held
         levels: list[Tensor] = []
-        for up, block, skip, level in zip(
-            self.up, self.decoder, skips[-2::-1], range(len(skips) - 2, -1, -1), strict=True
-        ):
-            features = block(torch.cat([up(features), skip], dim=1))
-            if level < len(heads):
-                levels.insert(0, heads[level](features))
+        for below, head in enumerate(self.heads):
+            if below < supervised:
+                levels.append(head(decoded[-1 - below]))
         return levels

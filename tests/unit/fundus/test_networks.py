@@ -169,6 +169,15 @@ def test_it_compiles_as_one_graph(make):
     torch.testing.assert_close(compiled(image(22, 31)), network(image(22, 31)))
 
 
+@pytest.mark.parametrize("final_activation", ["none", "sigmoid"])
+@every_network
+def test_it_is_scripted_for_any_size(make, final_activation):
+    network = seeded(make, final_activation=final_activation).eval()
+    scripted = torch.jit.script(network)
+    for picture in (image(16, 24), image(22, 31)):
+        torch.testing.assert_close(scripted(picture), network(picture))
+
+
 @pytest.mark.parametrize("name", ["unet", "transroinet"])
 def test_it_exports_for_every_multiple_of_the_divisor(name):
     network = seeded(SMALL[name]).eval()
@@ -236,6 +245,6 @@ def test_a_wrong_setting_is_named(make, settings, message):
 
 def test_a_wrong_number_of_channels_is_named():
     with pytest.raises(
-        ConfigurationError, match=r"expects \(B, 3, H, W\), got .* \(2, 1, 24, 32\)"
+        ConfigurationError, match=r"expects \(B, 3, H, W\), got .* \[2, 1, 24, 32\]"
     ):
         seeded(SMALL["unet"])(image(channels=1))

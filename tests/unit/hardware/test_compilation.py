@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numba
 import pytest
@@ -21,10 +22,10 @@ def test_where_no_cache_can_be_kept_a_function_is_compiled_all_the_same(
 ) -> None:
     njit = numba.njit
 
-    def without_folder(cache: bool = False, nogil: bool = False) -> object:
+    def without_folder(*function: Any, cache: bool = False, **options: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function 'doubled': no locator available")
-        return njit(nogil=nogil)
+        return njit(*function, **options)  # numba's own modules call it too, as they are loaded
 
     monkeypatch.setattr(numba, "njit", without_folder)
     with caplog.at_level(logging.DEBUG, logger="pipeline.hardware.compilation"):

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigurationError
-from pipeline.training.any_size import AnySizeNetwork, cropped, pad_to_multiple, positive_widths
+from pipeline.training.any_size import (
+    AnySizeNetwork,
+    check_shape,
+    cropped,
+    pad_to_multiple,
+    positive_widths,
+)
 
 SIZES = st.lists(st.integers(4, 12), min_size=2, max_size=3)
 
@@ -19,8 +25,13 @@ class Halves(AnySizeNetwork):
         super().__init__(2, 2, 4)
 
     def logits(self, image: Tensor) -> Tensor:
-        assert not any(size % self.divisor for size in image.shape[2:])
+        assert not any([size % self.divisor for size in image.shape[2:]])  # noqa: C419
         return image
+
+
+class Negated(Halves):
+    def activated(self, logits: Tensor) -> Tensor:
+        return -logits
 
 
 def ramp(*sizes: int) -> Tensor:
@@ -49,7 +60,7 @@ def test_sizes_that_divide_are_left_alone(sizes: tuple[int, ...]) -> None:
     image = ramp(*sizes)
     padded, before = pad_to_multiple(image, 4)
     assert padded is image
-    assert before == (0,) * len(sizes)
+    assert before == [0] * len(sizes)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +81,54 @@ def test_a_network_for_multiples_takes_any_size(size: tuple[int, int]) -> None:
     torch.testing.assert_close(Halves()(ramp(*size)), ramp(*size))
 
 
+def test_what_stands_behind_the_logits_sees_no_padding() -> None:
+    torch.testing.assert_close(Negated()(ramp(7, 5)), -ramp(7, 5))
+
+
+@pytest.fixture(scope="module")
+def scripted_padding() -> torch.jit.ScriptFunction:
+    return torch.jit.script(pad_to_multiple)
+
+
+@given(sizes=SIZES, divisor=st.sampled_from([1, 2, 4]))
+def test_a_script_pads_as_python_does(
+    scripted_padding: torch.jit.ScriptFunction, sizes: list[int], divisor: int
+) -> None:
+    padded, before = scripted_padding(ramp(*sizes), divisor)
+    expected, first = pad_to_multiple(ramp(*sizes), divisor)
+    assert before == first
+    torch.testing.assert_close(padded, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [Halves, Negated])
+def test_a_scripted_network_takes_any_size(make: type[Halves]) -> None:
+    scripted = torch.jit.script(make())
+    for size in ((8, 8), (7, 5), (5, 10)):
+        torch.testing.assert_close(scripted(ramp(*size)), make()(ramp(*size)), rtol=0, atol=0)
+
+
+def test_a_scripted_network_refuses_as_the_plain_one() -> None:
+    scripted = torch.jit.script(Halves())
+    for wrong in (torch.zeros(1, 3, 8, 8), ramp(1, 40)):
+        with pytest.raises(ConfigurationError) as plain:
+            Halves()(wrong)
+        with pytest.raises(torch.jit.Error) as error:
+            scripted(wrong)
+        assert str(plain.value) in str(error.value)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 8, 8), (1, 2, 8, 8, 8)], ids=str)
 def test_another_shape_is_named(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigurationError, match=r"Halves expects \(B, 2, H, W\), got .*in_chan"):
+    with pytest.raises(ConfigurationError, match=r"expects \(B, 2, H, W\), got .*set in_chan"):
         Halves()(torch.zeros(shape))
+
+
+def test_another_shape_of_a_volume_is_named() -> None:
+    check_shape(torch.zeros(1, 2, 8, 8, 8), 2, axes=3)
+    with pytest.raises(
+        ConfigurationError, match=r"\(B, 1, D, H, W\), got a volume of shape \[1, 2, 8, 8, 8\]"
+    ):
+        check_shape(torch.zeros(1, 2, 8, 8, 8), 1, axes=3)
 
 
 def test_a_network_without_logits_is_none() -> None:

@@ -167,6 +167,14 @@ def test_it_compiles_as_one_graph(make):
     torch.testing.assert_close(compiled(volume(7)), network(volume(7)))
 
 
+@every_network
+def test_it_is_scripted_for_any_size(make):
+    network = seeded(make).eval()
+    scripted = torch.jit.script(network)
+    for block in (volume(), volume(7, 10, 13)):
+        torch.testing.assert_close(scripted(block), network(block))
+
+
 @needs_openvino
 @every_network
 def test_openvino_agrees_on_several_sizes(make):
@@ -208,6 +216,15 @@ def test_deep_supervision_leaves_the_full_size_as_it_is(make):
     torch.testing.assert_close(deep(volume())[0], plain(volume()), rtol=0, atol=0)
     deep, plain = deep.eval(), plain.eval()
     torch.testing.assert_close(deep(volume(7, 9, 10)), plain(volume(7, 9, 10)), rtol=0, atol=0)
+
+
+def test_a_script_supervises_in_training_alone():
+    network = seeded(SMALL["small"], deep_supervision=1)
+    scripted = torch.jit.script(network)
+    for found, expected in zip(scripted(volume()), network(volume()), strict=True):
+        torch.testing.assert_close(found, expected)
+    odd = volume(7, 9, 10)
+    torch.testing.assert_close(scripted.eval()(odd), network.eval()(odd))
 
 
 def test_deep_supervision_names_the_patch_size_that_does_not_divide():
