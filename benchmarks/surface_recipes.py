@@ -10,8 +10,9 @@ and, for the original's network, by the default repair as well; the threshold of
 one with the best mean score on twelve more phantoms of mixed difficulty. What the default repair
 changes is printed at one and the same threshold.
 
-VOI rises when less is found, an empty mask has 1: the last table shows the repaired default at every
-threshold, so that both recipes can be compared where their VOI is the same. Nothing is chosen there.
+VOI rises when less is found, an empty mask has 1: the last table shows the repaired default at
+every threshold, so that both recipes can be compared where their VOI is the same. Nothing is
+chosen there.
 """
 
 from __future__ import annotations

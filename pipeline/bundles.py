@@ -123,6 +123,8 @@ def prepare_run(
 ) -> tuple[list[Path], dict[str, Any]]:
     """Return the files of a run in their order and its overrides, every name checked.
 
+    `tracking`, which is MONAI's switch and no id, may stand among the overrides of a training.
+
     Raises:
         ConfigurationError: an unknown bundle, overlay or id; the message names the closest.
     """
@@ -137,9 +139,10 @@ def prepare_run(
     }[workflow]
     config = read_config(files)
     settings = dict(overrides or {})
+    tracked = _tracked(workflow, settings.pop("tracking", None))
     if "bundle_root" in config:  # a bundle given by its folder must not look for its namesake
         settings.setdefault("bundle_root", str(_root(name_or_path)))
-    return files, check_overrides(config, settings)
+    return files, {**check_overrides(config, settings), **tracked}
 
 
 def run_bundle(
@@ -263,12 +266,31 @@ def _run(files: list[Path], workflow: Workflow, settings: dict[str, Any]) -> dic
     run.initialize()
     results = run.run()
     run.finalize()
+    if "tracking" in settings:
+        from pipeline.training.tracking import record_report
+
+        record_report(*build(run.parser, ["output_dir", "tracking_uri"]).values())
     found: dict[str, Any] = {
         id: run.parser.get_parsed_content(id)
         for id in ("bundle_root", "output_dir", "evaluation_dir")
         if id in config
     }
     return {"workflow": workflow, **found, "results": results}
+
+
+def _tracked(workflow: Workflow, tracking: Any) -> dict[str, Any]:
+    """Return MONAI's switch, and the ids that keep its own handlers and files out of the way."""
+    if tracking is None:
+        return {}
+    if workflow != "train" or tracking != "mlflow":
+        raise ConfigurationError(
+            f"--tracking: expected mlflow, and a training, got {tracking!r} for {workflow}: "
+            "leave it out"
+        )
+    from pipeline.training.tracking import check_mlflow
+
+    check_mlflow()
+    return {"tracking": tracking, "is_not_rank0": True, "save_execute_config": False}
 
 
 def _candidates(name: str) -> Iterator[Path]:

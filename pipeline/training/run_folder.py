@@ -21,6 +21,7 @@ from pipeline.hardware.environment import package_versions
 from pipeline.training.interruption import explained
 from pipeline.training.processes import is_writer
 from pipeline.training.run_lock import RunLock
+from pipeline.training.tracking import MLflowRecord, asks_for_record
 
 __all__ = ["RunFolder", "describe_environment", "run_directory"]
 
@@ -48,7 +49,8 @@ class RunFolder:
     List it first among `train::handlers`: until the run ends, a second one in this folder is
     refused. The log is flushed line by line, so that it is whole up to the moment a run was killed,
     and appended to when a run is resumed. It has the package's messages from INFO on, whatever the
-    logging configuration shows on the screen. Of several processes the first alone writes.
+    logging configuration shows on the screen. Of several processes the first alone writes. With
+    `--tracking mlflow` it keeps MLflow's record of the run too.
 
     Args:
         output_dir: the run's folder, made where absent.
@@ -56,6 +58,9 @@ class RunFolder:
         device: where the run computes.
         facts: lines for the head of the log, such as the cases found and the number of parameters.
         plan: what was planned for this machine, for `environment.json`.
+
+    Raises:
+        ConfigurationError: MLflow is asked for and not installed.
     """
 
     def __init__(
@@ -71,6 +76,9 @@ class RunFolder:
         self.device = device
         self.facts = tuple(facts)
         self.plan = {} if plan is None else {"plan": dict(plan)}
+        self._record: MLflowRecord | None = None
+        if asks_for_record(self.config):
+            self._record = MLflowRecord(self.output_dir, self.config, plan or {})
         self._lock = RunLock(self.output_dir)
         self._log: logging.FileHandler | None = None
         self._level = logging.NOTSET
@@ -88,6 +96,8 @@ class RunFolder:
             ResourceError: the folder cannot be written.
         """
         # Added now, behind all others: what they do when the run ends is part of it.
+        if self._record is not None and is_writer():
+            self._record.attach(engine)
         if not engine.has_event_handler(self.close, Events.COMPLETED):
             engine.add_event_handler(Events.COMPLETED, self.close)
         self.close()
@@ -128,6 +138,8 @@ class RunFolder:
             asked = isinstance(told, Interrupted | Preempted)
             level = logging.WARNING if asked else logging.ERROR
             logger.log(level, "stopped: %s", str(told) or type(told).__name__)
+        if self._record is not None:
+            self._record.end(error=told)
         self.close()
         if told is error:
             raise error

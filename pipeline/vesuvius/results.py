@@ -27,7 +27,7 @@ from pipeline.vesuvius.sheet_maps import sheet_map, write_sheet_map
 from pipeline.vesuvius.sheet_measures import largest_sheets, sheet_facts
 from pipeline.vesuvius.sheet_meshes import sheet_mesh, write_ply
 from pipeline.vesuvius.topology import PostProcess, Repaired
-from pipeline.vesuvius.whole_results import write_ome_zarr
+from pipeline.vesuvius.whole_results import ExchangeForms, write_ome_zarr
 
 __all__ = ["EvaluationWriter", "SurfaceWriter"]
 
@@ -41,7 +41,8 @@ class SurfaceWriter:
     `<name>_visualization.tif` (0/255), `pictures/<name>.png`: three planes with the surface before
     and after repair; on request `<name>_probability.tif` (uint16, 65535 is certain),
     `<name>_sheets.tif` (a number per sheet), `<name>_surface.zarr` and, where the probability is
-    saved, `<name>_probability.zarr` (OME-Zarr), `<name>_heights/sheet_<number>.tif` and
+    saved, `<name>_probability.zarr` (OME-Zarr), the mask as `<name>.nii.gz`, `<name>.ome.tif` and
+    `<name>.dcm` (DICOM Segmentation), `<name>_heights/sheet_<number>.tif` and
     `<name>_meshes/sheet_<number>.ply`; last the sidecar.
 
     Args:
@@ -51,12 +52,18 @@ class SurfaceWriter:
         save_probability: whether the probability is written too.
         separate_instances: whether the sheets are numbered in a file of their own.
         save_ome_zarr: whether mask and saved probability are written as OME-Zarr too.
+        save_nifti: whether the mask is written as NIfTI too.
+        save_ome_tiff: whether the mask is written as OME-TIFF too.
+        save_dicom_seg: whether the mask is written as a DICOM Segmentation too.
         save_height_maps: whether each sheet's height, thickness and layers are written.
         save_meshes: whether each sheet is written as a mesh.
         largest_sheets: how many sheets get a map and a mesh.
         checkpoint: plain data of the checkpoint for the sidecar: epoch, score, ...
         members: the ensemble; a warning tells where its members say the same.
         window: voxels per axis of the window in which the members are compared.
+
+    Raises:
+        ConfigurationError: `save_dicom_seg` without the library for it.
     """
 
     def __init__(
@@ -67,6 +74,9 @@ class SurfaceWriter:
         save_probability: bool = False,
         separate_instances: bool = False,
         save_ome_zarr: bool = False,
+        save_nifti: bool = False,
+        save_ome_tiff: bool = False,
+        save_dicom_seg: bool = False,
         save_height_maps: bool = False,
         save_meshes: bool = False,
         largest_sheets: int = 50,
@@ -81,6 +91,8 @@ class SurfaceWriter:
         self.save_probability = save_probability
         self.separate_instances = separate_instances
         self.save_ome_zarr = save_ome_zarr
+        self.forms = ExchangeForms(save_nifti, save_ome_tiff, save_dicom_seg)
+        self.forms.check()
         self.save_height_maps = save_height_maps
         self.save_meshes = save_meshes
         self.largest_sheets = largest_sheets
@@ -93,9 +105,13 @@ class SurfaceWriter:
         """Follow `engine`, the evaluator."""
         engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+        engine.add_event_handler(Events.COMPLETED, self._warn)
 
     def _begin(self) -> None:
         self._clock = StageClock()
+
+    def _warn(self) -> None:
+        self.forms.warn_where_streamed(self.batch)
 
     def _write(self, engine: Engine) -> None:
         for item in items_of(engine):
@@ -112,14 +128,16 @@ class SurfaceWriter:
         """Measure, write and record one volume."""
         name, clock = str(item["name"]), self._clock
         image = np.asarray(item["image"].cpu())[0]
-        size = voxel_size(str(item.get("image_path", "")), list(item.get("spacing", ())))
+        source = str(item.get("image_path", ""))
+        size = voxel_size(source, list(item.get("spacing", ())))
         sheets, facts = sheet_facts(repaired.mask, size.um)
         difference = None
         if self.members is not None:
             difference = member_difference(self.members, image, self.window)
         facts |= foreground_facts(facts["foreground"], sheets.size, name, difference)
         clock.lap("measure")
-        written = self._write_volumes(name, probability, repaired.mask, sheets, size)
+        written = self.forms.write(self.batch, name, repaired.mask, size, source)
+        written += self._write_volumes(name, probability, repaired.mask, sheets, size)
         written += self._write_sheets(name, sheets, size)
         written.append(self.batch.path(f"pictures/{name}", ".png"))
         before = probability >= self.threshold

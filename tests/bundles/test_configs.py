@@ -61,7 +61,8 @@ PLANNED_IDS = {
     "detailed_memory",
     "profile_training_step",
 }
-TRAINING_IDS |= PLANNED_IDS
+TRACKING_IDS = {"is_not_rank0", "save_execute_config"}  # what `--tracking` of MONAI asks for
+TRAINING_IDS |= PLANNED_IDS | TRACKING_IDS
 FROM_DATA = {"class_names"}  # the data say it in training, and the checkpoint in inference
 # How inference computes, not what: the same words in every bundle.
 ENGINE_IDS = {
@@ -200,7 +201,7 @@ def test_every_id_is_used(combination):
     """By another id, or by MONAI under its name; evaluation may use what only training sets."""
     config = parsed(combination.config).get()
     known = property_ids(combination.workflow)
-    exempt = {"imports", "_meta_"} | STEPS | aliases(config) | known
+    exempt = {"imports", "_meta_"} | TRACKING_IDS | STEPS | aliases(config) | known
     groups = {id.partition("::")[0] for id in known if "::" in id} & config.keys()
     ids = [id for id in config if id not in exempt | groups]
     ids += [f"{group}::{key}" for group in groups for key in config[group]]

@@ -24,7 +24,10 @@ from pipeline.vesuvius.results import SurfaceWriter
 from pipeline.vesuvius.sheet_measures import sheet_facts
 from pipeline.vesuvius.topology import PostProcess
 
-ALL = ("save_probability", "separate_instances", "save_ome_zarr", "save_height_maps", "save_meshes")
+ALL = (
+    "save_probability", "separate_instances", "save_ome_zarr", "save_nifti", "save_ome_tiff",
+    "save_height_maps", "save_meshes",
+)  # fmt: skip
 UM = 7.9
 # What takes long to compile changes nothing here.
 REPAIR = [
@@ -85,6 +88,10 @@ def check_outputs(folder: Path, sidecar: dict[str, Any], unit: float = 1.0) -> N
     for suffix, expected in (("_surface", mask), ("_sheets", sheets)):
         with open_volume(out / f"scroll{suffix}.zarr") as image:
             np.testing.assert_array_equal(image[:, :, :], expected)
+    for suffix in (".nii.gz", ".ome.tif"):
+        assert f"a/scroll{suffix}" in sidecar["results"]
+        with open_volume(out / f"scroll{suffix}") as image:
+            np.testing.assert_array_equal(image[:, :, :], mask)
     numbers = [int(path.stem.split("_")[1]) for path in (out / "scroll_meshes").iterdir()]
     assert sorted(numbers) == list(range(1, sidecar["sheets"] + 1))
     for number in numbers:
