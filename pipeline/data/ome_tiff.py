@@ -26,7 +26,6 @@ OME_UNITS = {
 """The units of length of OME-XML, by their names in OME-Zarr."""
 
 _UNKNOWN = "reference frame"  # OME's word for a length that is no length of the world
-_CLASSIC_BYTES = 2**32 - 2**25  # offsets of 32 bits, less what is not voxels
 
 
 def write_ome_tiff(
@@ -39,8 +38,7 @@ def write_ome_tiff(
 ) -> Path:
     """Write `volume` `(D, H, W)` as OME-TIFF with LZW, a plane a page, atomically.
 
-    What takes 4 GB or more before compression becomes a BigTIFF. The same volume makes the same
-    bytes.
+    The same volume makes the same bytes.
 
     Args:
         path: the file, `.ome.tif`.
@@ -62,8 +60,7 @@ def write_ome_tiff(
     for axis, side in zip("ZYX", spacing or (), strict=False):
         metadata[f"PhysicalSize{axis}"] = float(side)
         metadata[f"PhysicalSize{axis}Unit"] = OME_UNITS.get(unit or "", _UNKNOWN)
-    large = volume.nbytes > _CLASSIC_BYTES
-    return write_tiff(path, volume, ome=True, bigtiff=large, metadata=metadata)
+    return write_tiff(path, volume, ome=True, metadata=metadata)
 
 
 def _identity(volume: NDArray[Any]) -> uuid.UUID:

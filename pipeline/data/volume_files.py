@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,6 +61,7 @@ def open_tiff(path: Path, key: str | None = None, *, check: bool = True) -> Sour
 def _tiff_source(path: Path, stream: BinaryIO) -> Source:
     """Return the source of the open file, which it closes in the end."""
     from pipeline.data import tiffs
+    from pipeline.data.tiff_spacing import tiff_spacing
 
     stream.seek(0)
     tiff = tiffs.open_tiff(path, stream)
@@ -70,11 +72,13 @@ def _tiff_source(path: Path, stream: BinaryIO) -> Source:
             f"{path}: no volume: axes {series.axes} with shape {series.shape}, "
             "expected a stack of gray pages (D, H, W)"
         )
+    spacing, unit = tiff_spacing(tiff)
+    described = partial(header_of, path, series.shape, series.dtype, spacing=spacing, unit=unit)
     if series.dataoffset is not None:
         stored = series.dtype.newbyteorder(tiff.byteorder)
         array = np.memmap(path, stored, "r", offset=series.dataoffset, shape=series.shape)
         stream.close()
-        return array_source(array, header_of(path, series.shape, series.dtype))
+        return array_source(array, described())
     if len(series.pages) != series.shape[0]:
         raise InputError(
             f"{path}: {series.shape[0]} planes compressed as one block, expected a page for each; "
@@ -90,7 +94,7 @@ def _tiff_source(path: Path, stream: BinaryIO) -> Source:
             parts = [page_region(path, tiff, page, rows, columns) for page in pages[planes]]
         return np.stack(parts)
 
-    return Source(header_of(path, series.shape, series.dtype, chunks=chunks), read, stream.close)
+    return Source(described(chunks=chunks), read, stream.close)
 
 
 def check_plain(path: Path, keyframe: Any) -> None:

@@ -18,9 +18,11 @@ from pipeline.data.atomic import atomic_path, write_bytes
 from pipeline.data.images import image_stem
 from pipeline.errors import ConfigurationError
 
-__all__ = ["check_result_paths", "result_path", "write_png", "write_tiff"]
+__all__ = ["CLASSIC_TIFF_BYTES", "check_result_paths", "result_path", "write_png", "write_tiff"]
 
 _STACK_AXES = {2: "YX", 3: "ZYX"}
+CLASSIC_TIFF_BYTES = 2**32 - 2**25
+"""What a TIFF with offsets of 32 bits can hold, less what is not pixels."""
 
 
 def write_png(path: Path | str, array: NDArray[Any]) -> Path:
@@ -55,7 +57,7 @@ def write_png(path: Path | str, array: NDArray[Any]) -> Path:
 
 
 def write_tiff(path: Path | str, array: NDArray[Any], **kw: Any) -> Path:
-    """Write `array` as LZW-compressed TIFF, atomically.
+    """Write `array` as LZW-compressed TIFF, atomically; from 4 GB before compression on as BigTIFF.
 
     Args:
         path: the file.
@@ -77,7 +79,9 @@ def write_tiff(path: Path | str, array: NDArray[Any], **kw: Any) -> Path:
             f"{path}: TIFF takes (H, W) or (D, H, W), with a last axis of channels for "
             f'photometric="rgb", got {array.shape}'
         )
-    settings: dict[str, Any] = {"photometric": "minisblack", "compression": "lzw", **kw}
+    large = array.nbytes > CLASSIC_TIFF_BYTES  # tifffile decides only about what is not compressed
+    settings: dict[str, Any] = {"photometric": "minisblack", "compression": "lzw"}
+    settings |= {"bigtiff": large, **kw}
     axes = _STACK_AXES[array.ndim - colour] + ("S" if colour else "")
     settings["metadata"] = {"axes": axes, **(kw.get("metadata") or {})}
     with atomic_path(path) as temporary:

@@ -17,7 +17,7 @@ from pipeline.data.atomic import atomic_path, check_free_bytes
 from pipeline.data.images import read_header, read_image
 from pipeline.data.rasters import ImageHeader
 from pipeline.data.volumes import open_volume
-from pipeline.data.writers import write_png
+from pipeline.data.writers import CLASSIC_TIFF_BYTES, write_png
 from pipeline.errors import ConfigurationError, InputError
 from pipeline.inference.averages import Domain, check_domain, normalised_weights
 from pipeline.inference.batch import BatchRun
@@ -25,7 +25,6 @@ from pipeline.inference.batch import BatchRun
 __all__ = ["average_predictions"]
 
 _SUFFIXES = (".png", ".tif", ".tiff")
-_CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets of 32 bits reach no further
 
 
 def average_predictions(
@@ -188,7 +187,7 @@ def _write_tiff(path: Path, header: ImageHeader, planes: Iterable[NDArray[Any]])
             iter(planes),
             shape=header.shape,
             dtype=header.dtype,
-            bigtiff=header.decoded_bytes > _CLASSIC_TIFF_BYTES,
+            bigtiff=header.decoded_bytes > CLASSIC_TIFF_BYTES,
             photometric="minisblack",
             compression="lzw",
             metadata={"axes": "ZYX"[-len(header.shape) :]},

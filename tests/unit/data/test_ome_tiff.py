@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import ome_tiff
+from pipeline.data import writers
 from pipeline.data.ome_tiff import OME_UNITS, write_ome_tiff
 from pipeline.data.volumes import open_volume
 
@@ -127,9 +127,9 @@ def test_what_32_bits_cannot_address_is_a_bigtiff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = noise((5, 7, 11))
-    assert ome_tiff._CLASSIC_BYTES < 2**32
+    assert writers.CLASSIC_TIFF_BYTES < 2**32
     for limit, big in ((volume.nbytes, False), (volume.nbytes - 1, True)):
-        monkeypatch.setattr(ome_tiff, "_CLASSIC_BYTES", limit)
+        monkeypatch.setattr(writers, "CLASSIC_TIFF_BYTES", limit)
         path = write_ome_tiff(tmp_path / "v.ome.tif", volume, spacing=(3, 2, 1))
         with tifffile.TiffFile(path) as file:
             assert file.is_bigtiff == big
