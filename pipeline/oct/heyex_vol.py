@@ -105,7 +105,7 @@ def display_scale(intensity: NDArray[np.floating]) -> NDArray[np.float32]:
     Values that the file marks as invalid (float32's largest, or NaN) become 0.
     """
     valid = np.where(intensity > _INVALID, 0, np.nan_to_num(intensity, nan=0.0, posinf=0.0))
-    # Two square roots are several times as fast as the power.
+    # Two square roots, since a power is slow.
     shown: NDArray[np.float32] = np.sqrt(np.sqrt(np.clip(valid, 0, 1).astype(np.float32)))
     return shown
 

@@ -31,7 +31,7 @@ ROW_GROUPS = {
 }
 MAPS = {"prediction_masks": "masks", "confidence_maps": "confidence"}
 
-_GZIP_LEVEL = 1  # higher levels take several times as long for a hundredth of the size
+_GZIP_LEVEL = 1  # speed before size
 
 
 def row_arrays(rows: PredictedRows, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:

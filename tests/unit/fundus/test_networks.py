@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ConfigurationError
 from pipeline.fundus.networks import RoiNet, TransRoiNet, UNet, UTrans
@@ -248,3 +249,15 @@ def test_a_wrong_number_of_channels_is_named():
         ConfigurationError, match=r"expects \(B, 3, H, W\), got .* \[2, 1, 24, 32\]"
     ):
         seeded(SMALL["unet"])(image(channels=1))
+
+
+def multiplications(network: nn.Module, *size: int) -> int:
+    """Counted without computing anything."""
+    with FlopCounterMode(display=False) as counter:
+        network.eval().to("meta")(torch.empty(size, device="meta"))
+    return counter.get_total_flops()
+
+
+def test_roinet_costs_eighteen_times_the_unet():
+    size = (1, 3, 96, 96)
+    assert round(multiplications(RoiNet(), *size) / multiplications(UNet(), *size)) == 18

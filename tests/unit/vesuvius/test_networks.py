@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ConfigurationError
 from pipeline.inference.backends import Backend
@@ -255,3 +256,16 @@ def test_a_wrong_setting_is_named(make, settings, message):
 def test_a_wrong_shape_is_named(shape):
     with pytest.raises(ConfigurationError, match=r"expects \(B, 1, D, H, W\), got .*in_channels"):
         seeded(SMALL["small"])(torch.zeros(shape))
+
+
+def multiplications(network: nn.Module, *size: int) -> int:
+    """Counted without computing anything."""
+    with FlopCounterMode(display=False) as counter:
+        network.eval().to("meta")(torch.empty(size, device="meta"))
+    return counter.get_total_flops()
+
+
+def test_the_original_network_costs_fourteen_times_the_small_one():
+    size = (1, 1, 32, 32, 32)
+    small = multiplications(SmallUNet3D(), *size)
+    assert round(multiplications(TopologyAwareUNet3D(), *size) / small) == 14
