@@ -219,6 +219,7 @@ def _insect_score(bundle: Any) -> float:
     return float(np.mean([bundle(d.image)["pred"].argmax() == d.label for d in drawn]))
 
 
+_FEW = {"train": 12, "val": 6, "test": 6}
 _CLASSIFIER: dict[str, Any] = {
     "overlay": ("efficientnet_b0", {}),
     "make_dataset": _insect_dataset,
@@ -241,6 +242,7 @@ CASES = {
     "insect_pests": Case(
         training={
             "manifest": "image_folders",
+            "phantom": {"classes": 3, "imbalance": 2, "counts": _FEW},
             "max_epochs": 2,
             "batch_size": 2,
             "effective_batch_size": 2,
@@ -253,6 +255,7 @@ CASES = {
     ),
     "multiscale_classifier": Case(
         training={
+            "phantom": {"classes": 3, "imbalance": 1, "size_px": 64, "counts": _FEW},
             "max_epochs": 2,
             "batch_size": 2,
             "effective_batch_size": 2,
@@ -302,6 +305,7 @@ CASES = {
             "patch_size": [16, 16, 16],
             "roi_size": [32, 32, 32],
             "thresholds": [0.3, 0.5],
+            "threshold_volumes": 1,
             "threads": 1,
         },
         frame={},

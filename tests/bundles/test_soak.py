@@ -16,6 +16,7 @@ from pipeline.training.checkpoints import read_checkpoint
 pytestmark = pytest.mark.cli
 
 SIGNALS = {signal.SIGTERM: 75, signal.SIGINT: 130}
+INTERRUPTED = {"fundus_vessels", "insect_pests"}  # by Ctrl-C; the others by the system
 
 
 def test_killed_runs_end_with_the_states_of_the_undisturbed_one(repository: Path) -> None:
@@ -30,47 +31,26 @@ def test_killed_runs_end_with_the_states_of_the_undisturbed_one(repository: Path
     assert equal == "2 of 2 equal"
 
 
-@pytest.fixture(scope="module")
-def stopped(bundle, dataset, tmp_path_factory):
-    """Two trainings side by side, each sent a signal once its first checkpoint is there."""
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(bundle, dataset, tmp_path):
+    signum = signal.SIGINT if bundle.name in INTERRUPTED else signal.SIGTERM
     small = {**bundle.case.training, **bundle.case.frame, "device": "cpu", "max_epochs": 500}
-    small["dataset_dir"] = str(dataset)
-    runs = {}
-    for signum in SIGNALS:
-        folder = tmp_path_factory.mktemp(signum.name)
-        settings = {**small, "output_dir": str(folder), "checkpoint_every": 1}
-        words = [
-            word
-            for key, value in settings.items()
-            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-        ]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "train", bundle.name, *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        runs[signum] = (process, folder)
-    ended = {}
+    small |= {"dataset_dir": str(dataset), "output_dir": str(tmp_path), "checkpoint_every": 1}
+    command = [sys.executable, "-m", "pipeline", "train", bundle.name]
+    for key, value in small.items():
+        command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    last = tmp_path / "checkpoints" / "last.pt"
     try:
-        for signum, (process, folder) in runs.items():
-            while process.poll() is None and not (folder / "checkpoints" / "last.pt").exists():
-                time.sleep(0.05)
-            process.send_signal(signum)
-        for signum, (process, folder) in runs.items():
-            _, complaint = process.communicate(timeout=120)
-            ended[signum] = (process.returncode, complaint.splitlines(), folder)
+        while process.poll() is None and not last.exists():
+            time.sleep(0.05)
+        process.send_signal(signum)
+        complaint = process.communicate(timeout=120)[1].splitlines()
     finally:
-        for process, _ in runs.values():
-            process.kill()
-            process.communicate()
-    return ended
-
-
-@pytest.mark.parametrize("signum", list(SIGNALS), ids=lambda signum: signum.name)
-def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(stopped, signum) -> None:
-    code, complaint, folder = stopped[signum]
-    assert code == SIGNALS[signum], complaint
-    iteration = read_checkpoint(folder / "checkpoints" / "last.pt")["iteration"]
+        process.kill()
+        process.communicate()
+    assert process.returncode == SIGNALS[signum], complaint
+    iteration = read_checkpoint(last)["iteration"]
     assert f"stopped by {signum.name}: the state after iteration {iteration} is" in complaint[-1]
     assert "resume: auto" in complaint[-1]
