@@ -12,6 +12,7 @@ from pipeline.data.folds import assign_folds, deal_as_sklearn
 from pipeline.data.images import IMAGE_SUFFIXES, read_header
 from pipeline.data.manifests import Manifest, find_samples
 from pipeline.data.samples import Sample
+from pipeline.errors import ConfigurationError
 
 __all__ = ["freeze"]
 
@@ -39,7 +40,8 @@ def freeze(
 
     Raises:
         InputError: a file is missing or cannot be read.
-        ConfigurationError: more folds than subjects.
+        ConfigurationError: more folds than subjects, or folds of a table, each with test images of
+            its own, which a list of samples cannot tell.
     """
     samples = find_samples(manifest, dataset_dir)
     splits = list(manifest.folds.get("splits", ("train", "val")))
@@ -71,7 +73,13 @@ def freeze(
 def _dealt(
     manifest: Manifest, subjects: Mapping[str, str], folds: int, seed: int
 ) -> dict[str, int]:
-    if manifest.folds.get("dealt") == "as_sklearn":
+    dealt = manifest.folds.get("dealt")
+    if dealt == "by_table":
+        raise ConfigurationError(
+            f"manifest {manifest.name}: its folds stand in the table {manifest.folds['table']}; "
+            "freeze it without folds (--folds 0), and keep that table for them"
+        )
+    if dealt == "as_sklearn":
         return deal_as_sklearn(sorted(subjects), folds, seed)
     return assign_folds(subjects, folds, seed)
 

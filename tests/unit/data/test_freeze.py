@@ -96,3 +96,15 @@ def test_freezing_without_folds_keeps_none(
     frozen = load_manifest(freeze(manifest, make_pairs("a"), tmp_path / "f.yaml", folds=0))
     assert not frozen.folds
     assert frozen.records[0].fold is None
+
+
+def test_folds_of_a_table_are_not_dealt_anew(
+    make_pairs: MakePairs, manifest_content: dict[str, Any], tmp_path: Path
+) -> None:
+    by_table = {"k": 3, "seed": 0, "dealt": "by_table", "table": "blocks.csv"}
+    manifest = manifest_from_mapping({**manifest_content, "folds": by_table})
+    root = make_pairs("a", "b", "c")
+    with pytest.raises(ConfigurationError, match=r"in the table blocks.csv; freeze it without"):
+        freeze(manifest, root, tmp_path / "f.yaml", folds=3)
+    assert not (tmp_path / "f.yaml").exists()
+    freeze(manifest, root, tmp_path / "f.yaml", folds=0)
