@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from monai.bundle import ConfigParser
 
 from pipeline.bundles import run_bundle
 from pipeline.classification.phantom import write_phantom_dataset
@@ -72,3 +73,17 @@ def test_a_small_memory_leaves_the_loss_curve_as_it_is(name, photographs, tmp_pa
     assert small["batch_size"] * small["accumulation_steps"] == EFFECTIVE > small["batch_size"]
     assert small["effective_batch_size"] == whole["effective_batch_size"]
     assert losses == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [
+        ({}, 128),
+        ({"scale_by_scale": False}, 232),  # 128^2 + 96^2 + 64^2 pixels, 128 high
+        ({"scale_by_scale": False, "mode": "progressive"}, 128),
+    ],
+)
+def test_scales_in_one_graph_are_planned_with_the_pixels_of_all(repository, settings, width):
+    files = repository / "bundles" / "multiscale_classifier" / "configs" / "train.yaml"
+    parser = ConfigParser({**ConfigParser.load_config_file(files), **settings})
+    assert parser.get_parsed_content("planned_width") == width
