@@ -200,7 +200,7 @@ def _begun(plan: FoldsPlan, path: Path) -> dict[str, Any]:
     old: dict[str, Any] = _read(path)
     if old and not plan.restart:
         for key in _IDENTITY:
-            before, now = old.get(key), _identity(plan)[key]
+            before, now = old.get(key, "unknown"), _identity(plan)[key]
             if before != now:
                 raise ConfigurationError(
                     f"{path}: its folds are of {key} {before!r} and would go on as folds of "

@@ -125,7 +125,9 @@ def _torchscript(network: nn.Module, window: Tensor, about: str) -> NetworkFile:
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch 2.13: the format
         try:
             module = torch.jit.script(network)  # unlike a trace it takes any size
-        except RuntimeError as error:  # a network of one's own that TorchScript cannot compile
+        except Exception as error:  # a network of one's own that TorchScript cannot compile
+            if is_out_of_memory(error):
+                raise
             logger.warning("TorchScript by a trace, for its size alone: %s", first_line(error))
             module = torch.jit.trace(network, window, check_trace=False)
         buffer = io.BytesIO()

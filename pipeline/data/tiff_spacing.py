@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,12 +14,14 @@ from pipeline.data.volume_source import Spacing
 
 __all__ = ["tiff_spacing"]
 
-_UNITS = {short: name for name, short in OME_UNITS.items()} | {
-    "um": "micrometer",
-    "\\u00B5m": "micrometer",  # as ImageJ spells it in a header of ASCII
-    "micron": "micrometer",
-    "microns": "micrometer",
+_UNITS = {
+    **{name: name for name in OME_UNITS},
+    **{short: name for name, short in OME_UNITS.items()},
+    **dict.fromkeys(("um", "micron", "microns"), "micrometer"),
 }
+_DAMAGED = (
+    ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def tiff_spacing(tiff: tifffile.TiffFile) -> tuple[Spacing | None, str | None]:
@@ -29,11 +32,14 @@ def tiff_spacing(tiff: tifffile.TiffFile) -> tuple[Spacing | None, str | None]:
     Args:
         tiff: an open stack of gray pages.
     """
-    for found in (_ome, _imagej, _ours):
-        sides, unit = found(tiff)
-        spacing = _spacing(sides)
+    for read in (_ome, _imagej, _ours):
+        try:
+            sides, unit = read(tiff)
+            spacing = _spacing(sides)
+        except _DAMAGED:  # metadata that nobody can read are no reason to refuse a volume
+            continue
         if spacing is not None:
-            return spacing, _UNITS.get(unit or "", unit if unit in OME_UNITS else None)
+            return spacing, _unit(unit)
     return None, None
 
 
@@ -63,6 +69,17 @@ def _ours(tiff: tifffile.TiffFile) -> tuple[list[Any], str | None]:
     said = (tiff.shaped_metadata or ({},))[0]
     sides = said.get("spacing_zyx")
     return (sides, said.get("unit")) if isinstance(sides, list) else ([], None)
+
+
+def _unit(text: Any) -> str | None:
+    """Return the unit by its name in OME-Zarr, None where it is not known.
+
+    ImageJ escapes what is not ASCII in its header, and the Greek mu looks like the sign for micro.
+    """
+    if not isinstance(text, str):
+        return None
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    return _UNITS.get(plain.replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}"))
 
 
 def _spacing(sides: Iterable[Any]) -> Spacing | None:

@@ -116,7 +116,8 @@ def pad_to_multiple(image: Tensor, divisor: int) -> tuple[Tensor, list[int]]:
 def cropped(image: Tensor, before: list[int], sizes: list[int]) -> Tensor:
     """Return the part of `image` `(B, C, ...)` of the given `sizes` that begins at `before`."""
     for axis, size in enumerate(sizes, start=2):
-        image = image.narrow(axis, before[axis - 2], size)
+        if image.shape[axis] != size:  # a part that is the whole would cost a copy in the backward
+            image = image.narrow(axis, before[axis - 2], size)
     return image
 
 

@@ -294,18 +294,26 @@ class Validation(ValidationHandler):
     """Run the validator in process 0 and tell its metrics to the others.
 
     They then agree on the best epoch and on when to stop. Its metrics must not gather by
-    themselves: the other processes do not take part. With `epoch_level` the last epoch is
-    validated whatever the interval: a short run has a best epoch too.
+    themselves: the other processes do not take part. With `epoch_level` a run that is shorter than
+    the interval is validated at its end: it has a best epoch too.
     """
 
     def attach(self, engine: Engine) -> None:
-        """Validate when one of the trainer's epochs, or iterations, is due."""
+        """Validate when one of the trainer's epochs, or iterations, is due.
+
+        Raises:
+            ConfigurationError: the interval is no number of epochs.
+        """
         if not self.epoch_level:
             super().attach(engine)
             return
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise ConfigurationError(
+                f"val_interval must be a whole number of epochs, at least 1, got {self.interval!r}"
+            )
 
         def due(engine: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+            return epoch % min(self.interval, engine.state.max_epochs or epoch) == 0
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
         if self.exec_at_start:

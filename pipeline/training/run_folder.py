@@ -139,7 +139,10 @@ class RunFolder:
             level = logging.WARNING if asked else logging.ERROR
             logger.log(level, "stopped: %s", str(told) or type(told).__name__)
         if self._record is not None:
-            self._record.end(error=told)
+            try:
+                self._record.end(error=told)
+            except Exception:  # it must not stand in the way of what stopped the run
+                logger.exception("tracking: the end is not on record")
         self.close()
         if told is error:
             raise error

@@ -14,13 +14,14 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.atomic import write_json
-from pipeline.errors import ConfigurationError, Interrupted, Preempted, first_line
+from pipeline.errors import ConfigurationError, Interrupted, LaminaError, Preempted, first_line
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -30,7 +31,8 @@ __all__ = ["MLflowRecord", "asks_for_record", "check_mlflow", "record_report"]
 logger = logging.getLogger(__name__)
 
 _RUN_FILE = "mlflow.json"
-_ARTIFACTS = ("config.yaml", "environment.json", "metrics_history.yaml", "run.log")
+_HISTORY = "metrics_history.yaml"
+_ARTIFACTS = ("config.yaml", "environment.json", _HISTORY, "run.log")
 _DEFINITIONS = ("network_def", "loss", "optimizer", "lr_scheduler")
 _NO_SETTINGS = frozenset(
     {"bundle_root", "ckpt_path", "definition", "imports", "output_dir", "train", "validate"}
@@ -40,6 +42,7 @@ _NO_SETTINGS = frozenset(
 _NOBODYS_CHOICE = "monai_experiment"  # what MONAI calls an experiment that nobody named
 _AT_ONCE = 100  # parameters in a call
 _LONGEST = 500  # characters of a parameter that every store takes
+_NO_NAME = re.compile(r"[^\w\-. :/]")  # what MLflow does not take in the name of a parameter
 
 
 def asks_for_record(config: Mapping[str, Any]) -> bool:
@@ -94,6 +97,7 @@ class MLflowRecord:
         self._experiment = ""
         self._run_id: str | None = None
         self._told = 0  # the last epoch that the record has
+        self._begun_anew = False  # until an epoch ends, the history is that of an older run
 
     def attach(self, engine: Engine) -> None:
         """Find the store, and follow `engine`, the trainer, after whoever follows it already.
@@ -128,6 +132,7 @@ class MLflowRecord:
             known = _known_run(self._client, self.output_dir) if engine.state.iteration else None
             if known is not None:
                 self._client.update_run(known, status="RUNNING")
+            self._begun_anew = not engine.state.iteration
             self._run_id = known or self._create()
             self._told = _last_step(self._client, self._run_id)
 
@@ -137,7 +142,8 @@ class MLflowRecord:
 
         from pipeline.training.history import read_history
 
-        epochs = read_history(self.output_dir / "metrics_history.yaml")
+        self._begun_anew = False
+        epochs = read_history(self.output_dir / _HISTORY)
         for entry in (entry for entry in epochs if entry["epoch"] > self._told):
             now_ms = int(time.time() * 1000)
             metrics = [
@@ -156,9 +162,11 @@ class MLflowRecord:
         """
         if self._run_id is None:
             return
-        self.tell()
+        if not self._begun_anew:
+            self.tell()
         for name in _ARTIFACTS:
-            if (self.output_dir / name).is_file():
+            stale = self._begun_anew and name == _HISTORY
+            if not stale and (self.output_dir / name).is_file():
                 self._try("log_artifact", str(self.output_dir / name))
         stopped = "KILLED" if isinstance(error, Interrupted | Preempted) else "FAILED"
         self._try("set_terminated", "FINISHED" if error is None else stopped)
@@ -170,35 +178,39 @@ class MLflowRecord:
         name = str(self.config.get("run_name") or _name(self.config))
         run = self._client.create_run(self._experiment, run_name=name)
         run_id = str(run.info.run_id)
+        write_json(self.output_dir / _RUN_FILE, {"run_id": run_id})
         settings = {**dict(_settings(self.config)), **dict(_settings(self.plan))}
-        parameters = [Param(name, str(value)[:_LONGEST]) for name, value in settings.items()]
+        parameters = [
+            Param(_NO_NAME.sub("_", name), str(value)[:_LONGEST])
+            for name, value in settings.items()
+        ]
         for first in range(0, len(parameters), _AT_ONCE):
             self._client.log_batch(run_id, params=parameters[first : first + _AT_ONCE])
-        write_json(self.output_dir / _RUN_FILE, {"run_id": run_id})
         return run_id
 
     def _try(self, action: str, *args: Any, **kwargs: Any) -> bool:
-        from mlflow.exceptions import MlflowException
-
         try:
             getattr(self._client, action)(self._run_id, *args, **kwargs)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # of MLflow, its database or its store: never the training's
             logger.warning("tracking: MLflow refused %s: %s", action, first_line(error))
             return False
         return True
 
 
 def record_report(output_dir: str | Path, tracking_uri: str) -> None:
-    """Add `report.html`, which is written after a run has ended, to the record of the run."""
-    from mlflow.exceptions import MlflowException
+    """Add `report.html`, which is written after a run has ended, to the record of the run.
 
+    Of several processes the first one does.
+    """
+    if os.environ.get("RANK", "0") != "0":  # the processes have parted by now
+        return
     report = Path(output_dir) / "report.html"
     try:
         client = _client(tracking_uri)
         run_id = _known_run(client, Path(output_dir))
         if run_id is not None and report.is_file():
             client.log_artifact(run_id, str(report))
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # as above
         logger.warning("tracking: MLflow refused %s: %s", report.name, first_line(error))
 
 
@@ -212,12 +224,12 @@ def _client(tracking_uri: str) -> Any:
 
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Turn what MLflow refuses into an error of ours."""
-    from mlflow.exceptions import MlflowException
-
+    """Turn what MLflow, its database or its store refuses into an error of ours."""
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except LaminaError:
+        raise
+    except Exception as error:
         raise ConfigurationError(
             f"--tracking mlflow: MLflow {what}: {first_line(error)}; name another store by "
             "MLFLOW_TRACKING_URI, or leave --tracking out"
@@ -239,7 +251,12 @@ def _experiment(client: Any, config: Mapping[str, Any]) -> str:
     # Files go beside a database: MLflow's default is the working directory.
     beside = Path(store.removeprefix("sqlite:///")).absolute().parent / "mlruns"
     location = beside.as_uri() if store.startswith("sqlite:///") else None
-    return str(client.create_experiment(name, artifact_location=location))
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except Exception:
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(found.experiment_id)  # another run has just made it
 
 
 def _known_run(client: Any, output_dir: Path) -> str | None:

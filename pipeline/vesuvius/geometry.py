@@ -19,6 +19,7 @@ _UM = {
     "centimeter": 1e4,
     "meter": 1e6,
 }
+_RATIOS = (1e-6, 4e9)  # between which two numbers of 32 bits can tell a TIFF's resolution
 _UM_PER_CM = 1e4
 
 
@@ -45,11 +46,13 @@ class VoxelSize(NamedTuple):
         """Return arguments of `write_tiff` that keep it: pixels per centimetre, and all in JSON."""
         if self.um is None:
             return {}
-        return {
-            "resolution": (_UM_PER_CM / self.um[2], _UM_PER_CM / self.um[1]),
-            "resolutionunit": "CENTIMETER",
-            "metadata": {"spacing_zyx": list(self.spacing or ()), "unit": self.unit},
+        tags: dict[str, Any] = {
+            "metadata": {"spacing_zyx": list(self.spacing or ()), "unit": self.unit}
         }
+        per_cm = (_UM_PER_CM / self.um[2], _UM_PER_CM / self.um[1])
+        if all(_RATIOS[0] < pixels < _RATIOS[1] for pixels in per_cm):
+            tags |= {"resolution": per_cm, "resolutionunit": "CENTIMETER"}
+        return tags
 
     def facts(self) -> dict[str, Any]:
         """Return `spacing` and `unit` for a sidecar."""

@@ -136,8 +136,8 @@ class SurfaceWriter:
             difference = member_difference(self.members, image, self.window)
         facts |= foreground_facts(facts["foreground"], sheets.size, name, difference)
         clock.lap("measure")
-        written = self.forms.write(self.batch, name, repaired.mask, size, source)
-        written += self._write_volumes(name, probability, repaired.mask, sheets, size)
+        written = self._write_volumes(name, probability, repaired.mask, sheets, size)
+        written += self.forms.write(self.batch, name, repaired.mask, size, source)
         written += self._write_sheets(name, sheets, size)
         written.append(self.batch.path(f"pictures/{name}", ".png"))
         before = probability >= self.threshold

@@ -233,6 +233,35 @@ class Training:
         path.write_text(yaml.safe_dump(entries), encoding="utf-8")
 
 
+def test_a_run_that_begins_anew_does_not_tell_of_the_one_before(store, tmp_path):
+    Training(tmp_path).run(5)
+    with pytest.raises(DivergedError):
+        Training(tmp_path).run(1, error=DivergedError("the loss is nan"))
+    first, second = store.runs.values()
+    assert sorted(first.metrics["train_loss"]) == [1, 2, 3, 4, 5]
+    assert second.info.status == "FAILED"
+    assert second.metrics == {}
+    assert "metrics_history.yaml" not in second.artifacts
+
+
+def test_what_a_store_raises_at_the_end_hides_no_error_and_holds_no_lock(
+    store, tmp_path, monkeypatch
+):
+    def refuse(run_id: str, path: str) -> None:
+        raise RuntimeError("AccessDenied")
+
+    monkeypatch.setattr(store, "log_artifact", refuse)
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        Training(tmp_path).run(2, error=DivergedError("the loss is nan"))
+    assert store.record.info.status == "FAILED"
+    Training(tmp_path).run(1)  # the folder is free
+
+
+def test_a_name_that_mlflow_does_not_take_is_told_with_another_sign(store, tmp_path):
+    Training(tmp_path, weights={"Aphid (green)": 2.0}).run(1)
+    assert store.record.params["weights.Aphid _green_"] == "2.0"
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline import cli
 from pipeline.errors import CheckpointError, ConfigurationError, ResourceError
@@ -144,3 +145,22 @@ def test_the_checkpoint_of_another_bundle_is_refused(checkpoint, out):
     with pytest.raises(CheckpointError, match="insect_pests"):
         export_bundle(BUNDLE, out / "a.ts", size=SIZE, ckpt_path=path)
     assert not list(out.iterdir())
+
+
+class Guarded(nn.Module):
+    """TorchScript compiles no `try`."""
+
+    def forward(self, image):
+        try:
+            return 2 * image
+        finally:
+            pass
+
+
+def test_a_network_that_torchscript_cannot_compile_is_traced_and_that_is_said(caplog):
+    from pipeline.network_files import network_file
+
+    window = torch.rand(1, 1, 4, 4)
+    file = network_file("torchscript", Guarded(), window, "{}")
+    assert "by a trace, for its size alone" in caplog.text
+    torch.testing.assert_close(file.run(window)[0], 2 * window)

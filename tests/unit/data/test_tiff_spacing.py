@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from pipeline.data import tiff_spacing as tiff_spacing_module
 from pipeline.data.ome_tiff import OME_UNITS, write_ome_tiff
 from pipeline.data.volumes import open_volume
 from pipeline.data.writers import write_tiff
@@ -62,3 +63,35 @@ def test_imagej_says_the_depth_and_its_resolution_the_rest(tmp_path: Path, unit:
 def test_half_a_size_is_none(tmp_path: Path, said: dict[str, Any]) -> None:
     tifffile.imwrite(tmp_path / "v.tif", VOLUME, **{"photometric": "minisblack", **said})
     assert found(tmp_path / "v.tif") == (None, None)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "<OME></OME>",
+        "<OME>text</OME>",
+        "<OME><Image/></OME>",
+        "<OME><Image>x</Image></OME>",
+        "<OME><Image",
+        '<OME><Image><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="4" SizeY="3" SizeZ="2" '
+        f'SizeC="1" SizeT="1" PhysicalSizeX="1{"0" * 400}" PhysicalSizeY="1" PhysicalSizeZ="1">'
+        '<TiffData IFD="0" PlaneCount="2"/></Pixels></Image></OME>',
+        "ImageJ=1.53\nimages=2\nslices=2\nspacing=2.0\nunit=um\n",
+        '{"shape": [2, 3, 4], "spacing_zyx": [1, 2, 3], "unit": ["um"]}',
+    ],
+    ids=range(8),
+)
+def test_metadata_that_nobody_can_read_refuse_no_volume(tmp_path: Path, description: str) -> None:
+    path = tmp_path / "v.tif"
+    tifffile.imwrite(
+        path, VOLUME, photometric="minisblack", description=description, metadata=None,
+        resolution=(2, 2), contiguous=False,
+    )  # fmt: skip
+    with open_volume(path) as volume:
+        np.testing.assert_array_equal(volume[:], VOLUME)
+        assert volume.unit in (None, "micrometer")
+
+
+@pytest.mark.parametrize("unit", ["\N{GREEK SMALL LETTER MU}m", "\N{MICRO SIGN}m", "\\u00b5m"])
+def test_every_spelling_of_a_micrometre_is_known(unit: str) -> None:
+    assert tiff_spacing_module._unit(unit) == "micrometer"

@@ -270,9 +270,9 @@ def test_validation_runs_in_one_and_both_know_its_metrics(found: Any) -> None:
     (ran, epoch, metrics), (ran_too, epoch_too, metrics_too) = (
         each["validation"] for each in found
     )
-    assert (ran, ran_too) == ([2, 3], []), "every second epoch, and the last"
-    assert (epoch, epoch_too) == (3, 3)
-    assert metrics_too == {"val_dice": pytest.approx(0.3)}
+    assert (ran, ran_too) == ([2], [])
+    assert (epoch, epoch_too) == (2, 2)
+    assert metrics_too == {"val_dice": pytest.approx(0.2)}
     assert float(metrics["val_dice"]) == metrics_too["val_dice"]
 
 
@@ -360,3 +360,28 @@ def test_buckets_are_the_tensors_in_order_and_of_one_kind(shapes: list[tuple[int
     for bucket in buckets:
         assert len({t.dtype for t in bucket}) == 1
         assert len(bucket) == 1 or sum(t.nbytes for t in bucket) <= 40
+
+
+def validated_epochs(interval: Any) -> list[int]:
+    validator = SupervisedEvaluator(
+        device="cpu",
+        network=nn.Identity(),
+        val_data_loader=DataLoader(Dataset([{"image": torch.ones(1)}])),
+    )
+    ran: list[int] = []
+    validator.add_event_handler(Events.EPOCH_COMPLETED, lambda: ran.append(validator.state.epoch))
+    make_trainer(3, handlers=(processes.Validation(interval, validator),)).run()
+    return ran
+
+
+@pytest.mark.parametrize(("interval", "epochs"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (5, [3])])
+def test_a_run_shorter_than_the_interval_is_validated_at_its_end(
+    interval: int, epochs: list[int]
+) -> None:
+    assert validated_epochs(interval) == epochs
+
+
+@pytest.mark.parametrize("interval", [0, -1, 0.5, "2", None])
+def test_an_interval_that_is_none_is_refused_before_training(interval: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"val_interval must be a whole number of epochs"):
+        validated_epochs(interval)

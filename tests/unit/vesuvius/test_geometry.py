@@ -7,6 +7,7 @@ import pytest
 import tifffile
 
 from pipeline.data.ome_zarr import create_ome_zarr
+from pipeline.data.volumes import open_volume
 from pipeline.data.writers import write_tiff
 from pipeline.vesuvius.geometry import VoxelSize, voxel_size
 
@@ -45,3 +46,11 @@ def test_a_tiff_keeps_the_voxel_size(tmp_path: Path) -> None:
         assert down[0] / down[1] == pytest.approx(5000)
         assert file.shaped_metadata[0]["spacing_zyx"] == [7.91, 2.0, 4.0]
         assert file.series[0].axes == "ZYX"
+
+
+@pytest.mark.parametrize("side", [1e-7, 4e-3, 7.9, 1e11])
+def test_a_voxel_of_any_size_is_written_and_read_back(tmp_path: Path, side: float) -> None:
+    size = VoxelSize((side, side, side), "micrometer")
+    path = write_tiff(tmp_path / "v.tif", np.ones((2, 3, 4), np.uint8), **size.tiff_tags())
+    with open_volume(path) as volume:
+        assert (volume.spacing, volume.unit) == (size.spacing, size.unit)
