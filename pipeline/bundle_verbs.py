@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ACTIONS"]
 
+_SHOWN = 6  # figures of an evaluation in a terminal
+
 
 def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if overrides.get("fold") == "all":
@@ -106,7 +108,18 @@ def _run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workf
             _show_results(options, {"output_dir": options.output}, workflow, started_s)
         raise
     _show_results(options, result, workflow, started_s)
+    if workflow == "inference" and "ckpt_path" not in overrides and not options.json:
+        say(f"weights: the bundle's own, trained on {_trained_on(result)}")
     return 0
+
+
+def _trained_on(result: dict[str, Any]) -> str:
+    """Return what the shipped weights have seen: on other images they may find anything."""
+    from pipeline.report.run_files import read_json
+
+    root = Path(result.get("bundle_root", "."))
+    metadata = read_json(root / "configs" / "metadata.json") or {}
+    return str(metadata.get("data_source", "data that its metadata do not name"))
 
 
 def _dry_run(options: argparse.Namespace, overrides: dict[str, Any], workflow: Workflow) -> int:
@@ -136,7 +149,21 @@ def _show_results(
         pictures = sorted(report.parent.glob("pictures/**/*.png"))
         if pictures:
             say(f"pictures: {report.parent / 'pictures'} ({len(pictures)}), first {pictures[0]}")
+    if workflow == "evaluate":
+        for line in _scores(_figures(Path(result.get("evaluation_dir") or folder), workflow)):
+            say(line)
+    if report is not None:
         say(f"report: {report}")
+
+
+def _scores(figures: dict[str, Any]) -> list[str]:
+    """Return the first figures of an evaluation, of which its report has all."""
+    lines = []
+    for name, kind in (("average_metrics", "mean"), ("pooled_metrics", "pooled")):
+        numbers = {k: v for k, v in (figures.get(name) or {}).items() if isinstance(v, float)}
+        shown = [f"{metric} {value:.4f}" for metric, value in list(numbers.items())[:_SHOWN]]
+        lines += [f"{kind}: {', '.join(shown)}"] if shown else []
+    return lines
 
 
 def _fresh_report(folder: Path, started_s: float) -> Path | None:

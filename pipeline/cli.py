@@ -45,9 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     known = lamina_cause(error)
     code = exit_code(error)
+    if (
+        known is None
+        and str(error).startswith("Failed to instantiate component")
+        and error.__cause__
+    ):
+        error = error.__cause__  # of MONAI, which tells of every argument and not of the reason
     if known is not None:
         text = str(known) or type(known).__name__
     elif code != LaminaError.exit_code:

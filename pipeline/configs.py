@@ -297,5 +297,7 @@ def _check_kind(key: str, current: Any, value: Any) -> None:
     if number and isinstance(value, bool):
         found = "none" if value else "false"
         raise ConfigurationError(f"--{key} needs a number such as {current!r}, got {found}")
+    if number and isinstance(value, str) and not value.startswith(("$", "@", "%")):
+        raise ConfigurationError(f"--{key} needs a number such as {current!r}, got {value!r}")
     if isinstance(current, bool) and not isinstance(value, (bool, str)):
         raise ConfigurationError(f"--{key} is a switch: give true or false, got {value!r}")

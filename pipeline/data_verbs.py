@@ -70,13 +70,14 @@ def _data_check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             options.folder,
             verify=not options.no_verify,
             follow_symlinks=options.follow_symlinks,
+            incomplete=problems,
         )
         count = len(samples)
-        problems = list(check_samples(samples, manifest))
+        problems += check_samples(samples, manifest) if samples else []
     except InputErrors as error:
-        problems = list(error.problems)
+        problems += error.problems
     except InputError as error:
-        problems = [Problem(str(options.folder), "find", str(error))]
+        problems.append(Problem(str(options.folder), "find", str(error)))
     code = max((problem.code for problem in problems), default=0)
     if options.json:
         found = [vars(problem) for problem in problems]

@@ -14,7 +14,7 @@ from pipeline.data.shipped import shipped_folder
 from pipeline.data.strict_yaml import read_yaml
 from pipeline.data.tables import Table
 from pipeline.data.validation import check_schema, check_templates
-from pipeline.errors import ConfigurationError, InputError
+from pipeline.errors import ConfigurationError, InputError, Problem
 
 __all__ = [
     "FilePattern",
@@ -173,6 +173,7 @@ def find_samples(
     *,
     verify: bool = False,
     follow_symlinks: bool = False,
+    incomplete: list[Problem] | None = None,
 ) -> list[Sample]:
     """Return the samples of `manifest` under `dataset_dir`, sorted by id.
 
@@ -184,6 +185,8 @@ def find_samples(
         dataset_dir: the folder that the owner's archive unpacks to.
         verify: with records, compare size and SHA-256 of every file.
         follow_symlinks: accept links that lead out of `dataset_dir`.
+        incomplete: where patterns find images without their label or labels without image, these
+            go here, and the others are returned; None raises.
 
     Raises:
         InputError: the folder or any match is missing.
@@ -204,7 +207,9 @@ def find_samples(
     elif any((root / one.file).is_file() for one in manifest.lists):
         samples = find_by_lists(manifest, root, follow_symlinks=follow_symlinks)
     else:
-        samples = find_by_patterns(manifest, root, follow_symlinks=follow_symlinks)
+        samples = find_by_patterns(
+            manifest, root, follow_symlinks=follow_symlinks, incomplete=incomplete
+        )
     return sorted(samples, key=lambda sample: sample.id)
 
 

@@ -76,8 +76,16 @@ class Sample:
         return {role: path for role, path in named.items() if path is not None}
 
 
-def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -> list[Sample]:
+def find_by_patterns(
+    manifest: Manifest,
+    root: Path,
+    *,
+    follow_symlinks: bool,
+    incomplete: list[Problem] | None = None,
+) -> list[Sample]:
     """Return the samples whose paths below `root` match the patterns of `manifest`.
+
+    Images without label and labels without image go to `incomplete`, if it is given.
 
     Raises:
         InputError: no image matches.
@@ -95,13 +103,20 @@ def find_by_patterns(manifest: Manifest, root: Path, *, follow_symlinks: bool) -
         samples += _pair(manifest, entry, matched, root, rows, problems)
     if not samples:
         orphans = f" ({len(problems)} labels without image)" if problems else ""
+        if problems and incomplete is not None:
+            incomplete += problems
+            return []
         patterns = " or ".join(dict.fromkeys(entry.roles["image"] for entry in manifest.files))
         raise InputError(
             f"no files matching {patterns} under {root}{orphans}; "
             f"expected layout: {manifest.expected_layout}"
         )
-    if problems:
+    if problems and incomplete is None:
         raise InputErrors(problems, f"incomplete samples under {root}")
+    if incomplete is not None:
+        incomplete += problems
+        named = {problem.path for problem in problems}
+        samples = [one for one in samples if one.relative.as_posix() not in named]
     _check_texts(samples)
     _check_unique(samples)
     for sample in samples:

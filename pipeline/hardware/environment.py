@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ PACKAGES = (
     "lamina", "torch", "monai", "numpy", "pytorch-ignite", "scipy", "scikit-image", "pillow",
     "tifffile", "PyYAML", "tensorboard", "matplotlib",
 )  # fmt: skip
+EXTRAS = {
+    "cluster": "distributed", "dicom": "highdicom", "mlflow": "mlflow", "oct": "eyepy",
+    "onnx": "onnxruntime", "openvino": "openvino", "timm": "timm",
+}  # fmt: skip
+"""A module of each optional extra."""
 NEEDED = frozenset({"torch", "monai", "numpy", "pytorch-ignite"})
 
 
@@ -57,6 +63,7 @@ def environment_report(folder: Path | None = None) -> dict[str, Any]:
         "devices": [vars(report) for report in devices],
         "memory_bytes": memory_bytes(),
         "disk_free_bytes": shutil.disk_usage(folder or Path.cwd()).free,
+        "extras": {name: find_spec(module) is not None for name, module in EXTRAS.items()},
         "missing": missing,
     }
 
@@ -72,6 +79,10 @@ def environment_text(report: Mapping[str, Any]) -> str:
         lines.append(f"device   {device['name']} ({device['title']}): {state}{_free(device)}")
     lines.append(f"memory   {report['memory_bytes'] / 1e9:.1f} GB available")
     lines.append(f"disk     {report['disk_free_bytes'] / 1e9:.1f} GB free here")
+    for installed, label in ((True, "installed"), (False, "not installed, optional")):
+        names = [name for name, there in report["extras"].items() if there == installed]
+        if names:
+            lines.append(f"extras   {label}: {', '.join(names)}")
     for bundle in report.get("bundles", ()):
         weights = "with weights" if bundle["weights"] else "without weights"
         lines.append(f"bundle   {bundle['name']} {bundle['version']}, {weights}: {bundle['root']}")

@@ -228,7 +228,8 @@ class BatchRun:
                 "found no input, expected at least one; point dataset_dir at a file or a folder"
             )
         if self.problems:
-            raise InputErrors(self.problems, f"of {self.inputs} inputs rejected, the rest is done")
+            rest = "the rest is done" if len(self.problems) < self.inputs else "none is done"
+            raise InputErrors(self.problems, f"of {self.inputs} inputs rejected, {rest}")
 
     def _do(self, work: Callable[[], object] | _Runs) -> None:
         if not self.pending:

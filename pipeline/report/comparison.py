@@ -70,7 +70,12 @@ def compare_runs(
                     if row["difference"]:
                         row["difference"]["verdict"] = _verdict(row)
                     if row["unit"] and row["difference"] is None:
-                        row["note"] = f"{row['note']} other {row['unit']}s than the first".strip()
+                        mine = measures[metric]
+                        alike = bool(mine.values) and mine.origin == first.origin
+                        alike = alike and mine.values.keys() == first.values.keys()
+                        why = "too few" if alike else "other"
+                        than = "for a difference" if alike else "than the first"
+                        row["note"] = f"{row['note']} {why} {row['unit']}s {than}".strip()
                 rows.append(row)
     settings = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": seed}
     return {"runs": names, **settings, "rows": rows}

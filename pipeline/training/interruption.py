@@ -71,7 +71,7 @@ class Interruption:
         noted = self.noted or signal.SIGTERM  # not noted here: in another of several processes
         kind = Interrupted if noted is signal.SIGINT else Preempted
         return kind(
-            f"stopped by {noted.name}: {what}; start the same run again with resume: auto to go on"
+            f"stopped by {noted.name}: {what}; the same command goes on from there (resume: auto)"
         )
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

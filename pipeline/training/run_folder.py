@@ -16,7 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from pipeline.data.atomic import write_json, write_yaml
-from pipeline.errors import Interrupted, Preempted
+from pipeline.errors import Interrupted, LaminaError, Preempted
 from pipeline.hardware.environment import package_versions
 from pipeline.training.interruption import explained
 from pipeline.training.processes import is_writer
@@ -141,7 +141,7 @@ class RunFolder:
         if self._record is not None:
             try:
                 self._record.end(error=told)
-            except Exception:  # it must not stand in the way of what stopped the run
+            except (LaminaError, OSError, ValueError):  # not in the way of what stopped the run
                 logger.exception("tracking: the end is not on record")
         self.close()
         if told is error:

@@ -46,7 +46,10 @@ def three_planes(
         parts += [_painted(grey, mask > 0, truth) for mask in masks]
         rows.append(np.concatenate([_margin(part) for part in parts], axis=1))
     width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, [(0, 0), (0, width - row.shape[1]), (0, 0)]) for row in rows]
+    padded = [
+        np.pad(row, [(0, 0), (0, width - row.shape[1]), (0, 0)], constant_values=255)
+        for row in rows
+    ]
     return np.concatenate(padded, axis=0)
 
 

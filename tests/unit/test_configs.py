@@ -126,6 +126,12 @@ def test_a_switch_without_value_is_no_number():
     assert check_overrides(CONFIG, {"resume": True}) == {"resume": True}
 
 
+def test_words_where_a_number_stands_are_refused_and_expressions_are_not():
+    with pytest.raises(ConfigurationError, match=r"--max_epochs needs a number such as .* 'abc'"):
+        check_overrides(CONFIG, {"max_epochs": "abc"})
+    assert check_overrides(CONFIG, {"max_epochs": "$2 * 3"}) == {"max_epochs": "$2 * 3"}
+
+
 def write(folder: Path, **files: str) -> list[Path]:
     paths = [folder / f"{name}.yaml" for name in files]
     for path, text in zip(paths, files.values(), strict=True):

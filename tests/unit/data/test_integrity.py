@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from pipeline import cli
 from pipeline.data.freeze import freeze
 from pipeline.data.integrity import check_samples
 from pipeline.data.manifests import find_samples, load_manifest, manifest_from_mapping
@@ -230,3 +232,18 @@ def test_every_problem_is_found_in_one_go(make_pairs: MakePairs, check: Check) -
         "label/c.png",
         "image/d.png",
     ]
+
+
+def test_an_image_without_label_does_not_hide_what_is_wrong_with_the_others(
+    make_pairs: Any, manifest_content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_pairs("a", "b", "c")
+    (root / "label" / "b.png").unlink()
+    (root / "image" / "c.png").write_bytes(b"no image")
+    manifest = root.parent / "tiny.yaml"
+    manifest.write_text(yaml.safe_dump(manifest_content))
+    assert cli.main(["data", "check", str(manifest), str(root)]) == 3
+    found = capsys.readouterr()
+    assert "b.png" in found.err
+    assert "c.png" in found.err
+    assert "2 samples, 2 problems" in found.out

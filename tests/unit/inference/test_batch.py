@@ -585,6 +585,7 @@ def test_what_is_no_fault_of_the_input_stops_the_reading(
 ) -> None:
     folder.put({"b/eye 2.tif": content})
     folder.loading = {"num_workers": workers}
+    before = multiprocessing.active_children()  # another test's may not have gone yet
     with pytest.raises((error, RuntimeError)) as caught:
         folder.run()
     assert exit_code(caught.value) == code
@@ -592,7 +593,7 @@ def test_what_is_no_fault_of_the_input_stops_the_reading(
         assert str(caught.value) == "memory: none left"  # one line, as in this process
     assert folder.computed == ["a.png", "b/a.png"]
     assert folder.counts() == (4, 2, 0, 0, code)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 @pytest.mark.parametrize("failing", [b"1", b"3", b"4"], ids=["first", "middle", "last"])
