@@ -179,7 +179,10 @@ def _memory(plan: Mapping[str, Any] | None) -> list[str]:
     if needed is None:
         return ["memory: not estimated, as the plan needs no estimate for a batch that is given"]
     within = "" if limit is None else f", of {limit / 1e9:.2f} GB that it may take"
-    return [f"memory: about {needed / 1e9:.2f} GB at the peak of a step{within}"]
+    return [
+        f"memory: about {needed / 1e9:.2f} GB of tensors at the peak of a step{within}; "
+        "the libraries take their own"
+    ]
 
 
 def _network(network: Any) -> list[str]:

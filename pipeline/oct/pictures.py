@@ -22,7 +22,7 @@ __all__ = [
     "write_thickness_picture",
 ]
 
-LEGEND = "Cyan ILM, orange BM, with two sigma; magenta: annotated; red bars: columns not valid."
+LEGEND = "Cyan ILM, orange BM, with two sigma; magenta: the file's; red bars: columns not valid."
 _ENLARGED = 2  # so that a line covers less than a pixel of the B-scan
 _COLOURS = {"ILM": (0, 230, 255), "BM": (255, 190, 0)}
 _TRUTH = (235, 90, 235)
@@ -167,7 +167,7 @@ def _draw_circles(picture: Image.Image, px_per_mm: float) -> None:
 def _legend(width: int, has_truth: bool) -> NDArray[np.uint8]:
     parts = list(_COLOURS.items())
     parts += [(f"band: {_BAND_SIGMAS:.0f} sigma", (200, 200, 200))]
-    parts += [("annotated", _TRUTH)] if has_truth else []
+    parts += [("rows of the file", _TRUTH)] if has_truth else []
     return _text_strip(width, [*parts, ("not valid (top ILM, bottom BM)", _INVALID)])
 
 

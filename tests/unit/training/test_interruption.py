@@ -311,12 +311,17 @@ def test_a_shielded_worker_obeys_its_run_alone() -> None:
     loading = iter(loader)
     next(loading)  # the worker is ready
     (worker,) = (one for one in workers() if one not in before)
-    for signum in CODES:
-        send_from_outside(worker, signum)
-    time.sleep(0.2)
-    assert worker.status() != psutil.STATUS_ZOMBIE
-    worker.terminate()
-    worker.wait(10)  # as interpreters do when they exit, without a limit
+    # torch looks after the workers of all loaders at once, and would tell of another test's here
+    told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for signum in CODES:
+            send_from_outside(worker, signum)
+        time.sleep(0.2)
+        assert worker.status() != psutil.STATUS_ZOMBIE
+        worker.terminate()
+        worker.wait(10)  # as interpreters do when they exit, without a limit
+    finally:
+        signal.signal(signal.SIGCHLD, told)
 
 
 @pytest.mark.parametrize(
