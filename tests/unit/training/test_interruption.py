@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -302,26 +303,31 @@ def test_a_worker_that_the_signal_ended_first_is_no_failure(tmp_path: Path) -> N
     assert run.last()["iteration"] == 5
 
 
+SHIELDED = """
+import psutil, signal, subprocess, time
+from torch.utils.data import DataLoader
+from pipeline.training.interruption import shielded_worker
+
+loading = iter(DataLoader(range(9), num_workers=1, worker_init_fn=shielded_worker))
+next(loading)  # the worker is ready
+(worker,) = psutil.Process().children()
+for name in ("TERM", "INT"):
+    subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+time.sleep(0.2)
+print(worker.status() != psutil.STATUS_ZOMBIE)
+worker.terminate()
+worker.wait(10)  # as interpreters do when they exit, without a limit
+print("ended")
+"""
+
+
+@pytest.mark.cli
 def test_a_shielded_worker_obeys_its_run_alone() -> None:
-    batches = OrderedBatches(Items(), batch_size=1, seed=0)
-    loader = DataLoader(
-        Items(), batch_sampler=batches, num_workers=1, worker_init_fn=shielded_worker
+    """In a process of its own: torch looks after the workers of all loaders of one at once."""
+    run = subprocess.run(
+        [sys.executable, "-c", SHIELDED], capture_output=True, text=True, timeout=60, check=False
     )
-    before = workers()  # another test's may not have gone yet
-    loading = iter(loader)
-    next(loading)  # the worker is ready
-    (worker,) = (one for one in workers() if one not in before)
-    # torch looks after the workers of all loaders at once, and would tell of another test's here
-    told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        for signum in CODES:
-            send_from_outside(worker, signum)
-        time.sleep(0.2)
-        assert worker.status() != psutil.STATUS_ZOMBIE
-        worker.terminate()
-        worker.wait(10)  # as interpreters do when they exit, without a limit
-    finally:
-        signal.signal(signal.SIGCHLD, told)
+    assert run.stdout.split() == ["True", "ended"], run.stderr
 
 
 @pytest.mark.parametrize(
