@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.data.dataset_paths import walk_files
 from pipeline.data.images import IMAGE_SUFFIXES, image_stem
 from pipeline.data.manifests import find_samples, load_manifest
-from pipeline.data.samples import image_paths
 from pipeline.data.shipped import shipped_folder
 from pipeline.data.strict_yaml import read_yaml
 from pipeline.errors import InputError, InputErrors, LaminaError
@@ -50,7 +50,7 @@ def guess_manifest(dataset_dir: Path | str) -> dict[str, Any]:
     for name in _CLASSES:
         if _fits(name, root):
             return _content(name)
-    paths = image_paths(root) if root.is_dir() else []
+    paths = _image_paths(root) if root.is_dir() else []
     if not paths:
         raise InputError(
             f"{root}: no images found; expected {', '.join(IMAGE_SUFFIXES[:6])} or the like"
@@ -64,6 +64,12 @@ def guess_manifest(dataset_dir: Path | str) -> dict[str, Any]:
     content.update(name="my_data", title=f"images and labels in {root.name}", files=files)
     content["notes"] = "Guessed from the names; check split, subject, labels, licence and source."
     return content
+
+
+def _image_paths(root: Path) -> list[str]:
+    """Return the image files below `root` by their suffix, as sorted POSIX paths below it."""
+    found = walk_files(root.resolve(), follow_symlinks=False)
+    return sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _fits(name: str, root: Path) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,18 +10,18 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.checksums import file_sha256
 from pipeline.data.dataset_paths import check_inside, walk_files
-from pipeline.data.images import IMAGE_SUFFIXES, image_stem
+from pipeline.data.images import image_stem
 from pipeline.data.lists import read_lists
+from pipeline.data.path_patterns import Matches, fill, match_paths, partner
 from pipeline.data.tables import read_tables
 from pipeline.errors import ConfigurationError, InputError, InputErrors, Problem
 
 if TYPE_CHECKING:
     from pipeline.data.manifests import FilePattern, Manifest, Record
 
-__all__ = ["Sample", "find_by_lists", "find_by_patterns", "find_by_records", "image_paths"]
+__all__ = ["Sample", "find_by_lists", "find_by_patterns", "find_by_records"]
 
 _Rows = Mapping[str, Mapping[str, Mapping[str, str]]]  # table -> key -> field -> value
-_Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -85,27 +83,26 @@ def find_by_patterns(
 ) -> list[Sample]:
     """Return the samples whose paths below `root` match the patterns of `manifest`.
 
-    Images without label and labels without image go to `incomplete`, if it is given.
-
     Raises:
         InputError: no image matches.
-        InputErrors: images without label or labels without image, all of them.
+        InputErrors: images without label or labels without image, all of them, unless they are to
+            go to `incomplete`.
         ConfigurationError: a path leaves `root`, or two files claim one place.
     """
     paths = list(walk_files(root, follow_symlinks=follow_symlinks))
     rows = read_tables(manifest.tables, root)
     samples: list[Sample] = []
     problems: list[Problem] = []
+    images = 0
     for entry in manifest.files:
         matched = {
-            role: _match(pattern, manifest, entry, paths) for role, pattern in entry.roles.items()
+            role: match_paths(pattern, {**manifest.fields, **entry.where}, paths)
+            for role, pattern in entry.roles.items()
         }
+        images += len(matched["image"])
         samples += _pair(manifest, entry, matched, root, rows, problems)
-    if not samples:
+    if not images:
         orphans = f" ({len(problems)} labels without image)" if problems else ""
-        if problems and incomplete is not None:
-            incomplete += problems
-            return []
         patterns = " or ".join(dict.fromkeys(entry.roles["image"] for entry in manifest.files))
         raise InputError(
             f"no files matching {patterns} under {root}{orphans}; "
@@ -115,8 +112,6 @@ def find_by_patterns(
         raise InputErrors(problems, f"incomplete samples under {root}")
     if incomplete is not None:
         incomplete += problems
-        named = {problem.path for problem in problems}
-        samples = [one for one in samples if one.relative.as_posix() not in named]
     _check_texts(samples)
     _check_unique(samples)
     for sample in samples:
@@ -192,68 +187,26 @@ def find_by_records(
     return samples
 
 
-def image_paths(root: Path | str) -> list[str]:
-    """Return the image files below `root` by their suffix, as sorted POSIX paths below it.
-
-    Raises:
-        ConfigurationError: a folder is a link that leaves `root`.
-    """
-    found = walk_files(Path(root).resolve(), follow_symlinks=False)
-    return sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
-
-
-def _match(
-    pattern: str, manifest: Manifest, entry: FilePattern, paths: list[str]
-) -> dict[_Key, tuple[str, dict[str, str]]]:
-    """Return the paths that match `pattern` by the fields that pair, with all their fields."""
-    expression = _expression(pattern, {**manifest.fields, **entry.where})
-    found: dict[_Key, tuple[str, dict[str, str]]] = {}
-    for path in paths:
-        # One name has two spellings in Unicode, and file systems differ in which they keep.
-        match = expression.fullmatch(unicodedata.normalize("NFC", path))
-        if match is None:
-            continue
-        captured = match.groupdict()
-        key = tuple(sorted((k, v) for k, v in captured.items() if not k.startswith("_")))
-        if key in found:
-            raise ConfigurationError(
-                f"{found[key][0]} and {path} claim the same place ({pattern}); "
-                "rename or remove one of them"
-            )
-        found[key] = (path, captured)
-    return found
-
-
-def _expression(pattern: str, fields: Mapping[str, str]) -> re.Pattern[str]:
-    seen: set[str] = set()
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(pattern):
-        parts.append(re.escape(unicodedata.normalize("NFC", literal)))
-        if name is not None:
-            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{fields[name]})")
-            seen.add(name)
-    return re.compile("".join(parts))
-
-
 def _pair(
     manifest: Manifest,
     entry: FilePattern,
-    matched: Mapping[str, Mapping[_Key, tuple[str, dict[str, str]]]],
+    matched: Mapping[str, Matches],
     root: Path,
     rows: _Rows,
     problems: list[Problem],
 ) -> Iterator[Sample]:
-    """Yield the samples of one entry; what cannot be paired goes to `problems`."""
+    """Yield the whole samples of one entry; what cannot be paired goes to `problems`."""
     used: set[str] = set()
     for key, (relative, captured) in matched["image"].items():
         found: dict[str, Path] = {}
+        before = len(problems)
         for role, candidates in matched.items():
-            partner = relative if role == "image" else _partner(key, candidates)
-            if partner is not None:
-                found[role] = root / partner
-                used.add(partner)
+            path = relative if role == "image" else partner(key, candidates)
+            if path is not None:
+                found[role] = root / path
+                used.add(path)
         if "label" not in found and entry.labels_required:
-            expected = _fill(entry.roles["label"], captured)
+            expected = fill(entry.roles["label"], captured)
             problems.append(Problem(relative, "find", f"no label; expected {expected}"))
         values = {**captured, "split": entry.split}
         for table in manifest.tables:
@@ -264,23 +217,12 @@ def _pair(
                     problems.append(Problem(relative, "find", f"{message}; add its row"))
                 row = dict.fromkeys(table.columns, captured[table.field])
             values |= row
-        yield _sample(manifest, root, relative, found, values)
+        if len(problems) == before:
+            yield _sample(manifest, root, relative, found, values)
     for relative, _ in matched.get("label", {}).values():
         if relative not in used:
             message = f"label without an image; expected one at {entry.roles['image']}"
             problems.append(Problem(relative, "find", message))
-
-
-def _partner(key: _Key, candidates: Mapping[_Key, tuple[str, dict[str, str]]]) -> str | None:
-    """Return the candidate whose fields agree with those of the image."""
-    names = {name for name, _ in next(iter(candidates), ())}
-    wanted = tuple((name, value) for name, value in key if name in names)
-    return candidates[wanted][0] if wanted in candidates else None
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Return `template` with known fields filled in and unknown ones as they stand."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def _sample(
@@ -301,12 +243,12 @@ def _sample(
         label=label,
         fov=fov,
         observer2=observer2,
-        subject=_fill(manifest.subject, values),
+        subject=fill(manifest.subject, values),
         split=values["split"],
-        stratum=_fill(manifest.stratum, values) if manifest.stratum else None,
+        stratum=fill(manifest.stratum, values) if manifest.stratum else None,
         root=root,
         files=found,
-        category=_fill(of_class, values) if of_class else None,
+        category=fill(of_class, values) if of_class else None,
     )
 
 
