@@ -198,9 +198,9 @@ def plan(
     if kept:
         division = _continued(kept, batch_size, accumulation_steps, effective, processes)
         rate, why_rate = float(kept["learning_rate"]), _AS_STORED
-        asked, _ = learning_rate_for(learning_rate, optimizer, effective, reference)
-        if not math.isclose(rate, asked, rel_tol=1e-6):
-            why_rate += f"; {asked:g} as configured would be another run: resume: false begins it"
+        configured, _ = learning_rate_for(learning_rate, optimizer, effective, reference)
+        if not math.isclose(rate, configured, rel_tol=1e-6):
+            why_rate += f"; {configured:g} as configured is another run: resume: false begins it"
         why_numeric = _AS_STORED if precision == "auto" else why_numeric
     else:
         limit = agree(limit) if agree is not None and estimate is not None else limit

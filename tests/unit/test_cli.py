@@ -10,6 +10,7 @@ from pathlib import Path
 
 import monai.bundle  # noqa: F401 - now: its log keeps the stderr that it is first imported under
 import pytest
+import yaml
 
 from pipeline import arguments, cli
 from pipeline.errors import (
@@ -140,6 +141,36 @@ def test_predict_maps_input_and_output(bundle, runs, tmp_path):
     assert cli.main(["predict", "tiny", "-i", "photos", "-o", "out"]) == 0
     settings = {"dataset_dir": Path("photos"), "output_dir": Path("out")}
     assert runs == [("tiny", "inference", [], settings)]
+
+
+def test_a_prediction_says_what_the_bundles_own_weights_have_seen(bundle, runs, capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    words = ["predict", "tiny", "-i", "photos", "-o", "out"]
+    assert cli.main(words) == 0
+    assert "weights: the bundle's own, trained on " in capsys.readouterr().out
+    assert cli.main([*words, "--ckpt_path", "own.pt"]) == 0
+    assert "weights:" not in capsys.readouterr().out
+
+
+def test_an_evaluation_ends_with_its_first_figures(bundle, runs, capsys, tmp_path):
+    figures = {"average_metrics": {"dice": 0.81234, "note": "x"}, "pooled_metrics": {"auc": 0.9}}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "test_metrics.yaml").write_text(yaml.safe_dump(figures))
+    assert cli.main(["evaluate", "tiny"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["mean: dice 0.8123", "pooled: auc 0.9000"]
+
+
+def test_what_monai_cannot_build_is_told_by_its_reason(bundle, monkeypatch, capsys):
+    def fail(*words, **settings):
+        try:
+            raise ValueError("Invalid learning rate: -1")
+        except ValueError as error:
+            text = "Failed to instantiate component 'AdamW' with keywords: lr,params"
+            raise RuntimeError(text) from error
+
+    monkeypatch.setattr("pipeline.bundles.run_bundle", fail)
+    assert cli.main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err.startswith("error: ValueError: Invalid learning rate: -1")
 
 
 def test_an_ensemble_is_a_prediction_with_several_checkpoints(bundle, runs, tmp_path):

@@ -15,6 +15,18 @@ from pipeline.data.writers import write_png
 MakePairs = Callable[..., Path]
 
 
+@pytest.fixture(scope="session")
+def itk() -> Any:
+    """The library by which ITK-SNAP and 3D Slicer read; none of what writes here."""
+    return pytest.importorskip("SimpleITK", reason="SimpleITK reads volumes back independently")
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all examples of a property."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 @pytest.fixture
 def make_pairs(tmp_path: Path) -> MakePairs:
     """A function that writes image/label folders: `make_pairs("a", "b", split="train")`."""

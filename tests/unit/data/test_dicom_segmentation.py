@@ -27,16 +27,6 @@ def pydicom() -> Any:
     return pytest.importorskip("pydicom")
 
 
-@pytest.fixture(scope="module")
-def itk() -> Any:
-    return pytest.importorskip("SimpleITK", reason="SimpleITK reads DICOM by GDCM, not by pydicom")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("dicom")
-
-
 def noise(shape: Any) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 2, tuple(shape), dtype=np.uint8)
 

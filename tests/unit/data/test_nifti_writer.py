@@ -28,16 +28,6 @@ VOXELS_AT = 352
 MM = 2
 
 
-@pytest.fixture(scope="module")
-def itk() -> Any:
-    return pytest.importorskip("SimpleITK", reason="SimpleITK reads NIfTI independently of nibabel")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nifti")
-
-
 def noise(shape: Any) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 2, tuple(shape), dtype=np.uint8)
 

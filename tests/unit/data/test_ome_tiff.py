@@ -25,18 +25,8 @@ DESCRIPTION = 270
 
 
 @pytest.fixture(scope="module")
-def itk() -> Any:
-    return pytest.importorskip("SimpleITK", reason="SimpleITK reads TIFF independently of tifffile")
-
-
-@pytest.fixture(scope="module")
 def schema_types() -> Any:
     return pytest.importorskip("ome_types", reason="ome-types holds OME-XML to the OME schema")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ome_tiff")
 
 
 def noise(shape: Any) -> NDArray[np.uint8]:

@@ -166,3 +166,10 @@ def test_the_text_tells_devices_memory_disk_and_bundles():
     text = environment_text(report)
     for part in ("device   cpu", "memory ", "disk ", "bundle   tiny 1, without weights", "torch"):
         assert part in text
+
+
+def test_the_text_tells_which_extras_are_installed_and_which_are_not():
+    report = {**environment_report(), "extras": {"mlflow": True, "onnx": True, "dicom": False}}
+    lines = environment_text(report).splitlines()
+    assert "extras   installed: mlflow, onnx" in lines
+    assert "extras   not installed, optional: dicom" in lines

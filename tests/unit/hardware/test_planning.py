@@ -335,6 +335,15 @@ def test_a_stored_plan_is_taken_whole() -> None:
     assert again.num_workers == before.num_workers
 
 
+def test_a_stored_learning_rate_stays_and_another_one_configured_is_told() -> None:
+    before = planned(learning_rate=1e-3)
+    again = planned(stored=before.as_dict(), learning_rate=2e-3)
+    assert again.learning_rate == before.learning_rate
+    assert "0.002 as configured is another run: resume: false" in again.reasons["learning rate"]
+    same = planned(stored=before.as_dict(), learning_rate=1e-3)
+    assert "configured" not in same.reasons["learning rate"]
+
+
 def test_a_stored_plan_survives_yaml() -> None:
     before = planned()
     assert yaml.safe_load(yaml.safe_dump(before.as_dict())) == before.as_dict()

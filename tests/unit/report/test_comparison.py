@@ -147,6 +147,12 @@ def test_different_images_are_not_paired(one, tmp_path, dice, summary):
     assert row["low"] is not None
 
 
+def test_one_common_image_is_too_few_for_a_difference(tmp_path):
+    folders = [evaluation(tmp_path / name, {"a": 0.6}) for name in ("one", "other")]
+    row = row_of(compare_runs(folders), "test dice", folders[1])
+    assert (row["difference"], row["note"]) == (None, "too few images for a difference")
+
+
 def test_a_training_is_known_by_its_best_epoch_and_its_evaluations(tmp_path):
     run = training(tmp_path / "run")
     evaluation(run / "evaluation" / "val", {"a": 0.6, "b": 0.7}, split="val")
