@@ -26,6 +26,7 @@ _KILLED_WORKER = re.compile(
     r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+\w|exited unexpectedly)"
 )
 _NOTICE_S = 1.0
+_GRACE_S = 60
 
 
 class Interruption:
@@ -97,6 +98,8 @@ def shielded_worker(worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.signal(signal.SIGTERM, _end_later)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(_run_process(),), daemon=True).start()
     threading.Thread(target=_end_with_run, daemon=True).start()
@@ -121,6 +124,16 @@ def _obey(process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
         pass
     os._exit(0)
+
+
+def _end_later(signum: int, frame: FrameType | None) -> None:
+    """End this process a while after a SIGTERM that a thread took before `_obey` could.
+
+    Libraries let the signal through again, multiprocessing for one where it starts its resource
+    tracker, and then nobody knows who sent it. The run has time to save its state either way.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.alarm(_GRACE_S)
 
 
 def explained(error: BaseException, interruption: Interruption | None = None) -> BaseException:

@@ -304,11 +304,17 @@ def test_a_worker_that_the_signal_ended_first_is_no_failure(tmp_path: Path) -> N
 
 
 SHIELDED = """
-import psutil, signal, subprocess, time
+import psutil, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
 from pipeline.training.interruption import shielded_worker
 
-loading = iter(DataLoader(range(9), num_workers=1, worker_init_fn=shielded_worker))
+class Items(list):
+    def __getitem__(self, index):
+        if "unblock" in sys.argv:  # as multiprocessing does where it starts its resource tracker
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        return index
+
+loading = iter(DataLoader(Items(range(9)), num_workers=1, worker_init_fn=shielded_worker))
 next(loading)  # the worker is ready
 (worker,) = psutil.Process().children()
 for name in ("TERM", "INT"):
@@ -322,11 +328,13 @@ print("ended")
 
 
 @pytest.mark.cli
-def test_a_shielded_worker_obeys_its_run_alone() -> None:
+@pytest.mark.parametrize("way", ["blocked", "unblock"])
+def test_a_shielded_worker_obeys_its_run_alone(way: str) -> None:
     """In a process of its own: torch looks after the workers of all loaders of one at once."""
     run = subprocess.run(
-        [sys.executable, "-c", SHIELDED], capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", SHIELDED, way],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
     assert run.stdout.split() == ["True", "ended"], run.stderr
 
 
