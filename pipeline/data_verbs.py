@@ -53,9 +53,14 @@ def _data_preview(options: argparse.Namespace, overrides: dict[str, Any]) -> int
         from pipeline.bundles import build_part
 
         transform = build_part(options.bundle, "train", "train::preprocessing")
-    contact_sheet(preview_rows(samples, transform, options.variants), options.output)
-    say(str(options.output))
-    return 0
+    problems = list[Problem]()
+    rows = preview_rows(samples, transform, options.variants, problems)
+    for problem in problems:
+        complain(problem.message)
+    if rows:
+        contact_sheet(rows, options.output)
+        say(str(options.output))
+    return max((problem.code for problem in problems), default=0)
 
 
 def _data_check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:

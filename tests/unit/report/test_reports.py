@@ -192,6 +192,20 @@ def test_preview_rows_show_the_label_and_fresh_variants(tmp_path):
     assert list(plain) == ["image", "label"]
 
 
+def test_a_preview_leaves_out_what_cannot_be_read_and_says_so(tmp_path):
+    from pipeline.data.samples import Sample
+
+    paths = picture(tmp_path / "image.png"), tmp_path / "broken.png"
+    paths[1].write_bytes(b"no picture")
+    samples = [Sample(p.stem, p, None, None, None, "a", "train", None, tmp_path) for p in paths]
+    problems = []
+    assert len(preview_rows(samples, problems=problems)) == 1
+    (problem,) = problems
+    assert (problem.path, problem.code) == ("broken.png", InputError.exit_code)
+    with pytest.raises(InputError, match=r"broken\.png"):
+        preview_rows(samples)
+
+
 @pytest.fixture
 def classes(tmp_path):
     """An evaluation of a classifier: 30 images, the 6 hardest of them drawn."""
