@@ -204,17 +204,32 @@ def _trained(half: Planes, number: int, options: argparse.Namespace) -> Path:
         threads=1,
         device="cpu",
         tensorboard=False,
-        **_geometry(),
+        **_augmentation(),
     )
     return checkpoint
 
 
-def _geometry() -> dict[str, Any]:
-    """Return flips and turns in the plane; out of it a crop would be deeper than the volume."""
+def _augmentation() -> dict[str, Any]:
+    """Return flips and turns in the plane; out of it a crop would be deeper than the volume.
+
+    Grey values are varied more than the bundle does by default: there is one volume to learn from.
+    """
     keys = {"keys": ["image", "label"], "prob": 0.5}
     flips = [{"_target_": "RandFlipd", **keys, "spatial_axis": axis} for axis in range(3)]
     turns = {"_target_": "RandRotate90d", **keys, "max_k": 3, "spatial_axes": [1, 2]}
-    return {"train::geometry": [*flips, turns], "early_stopping::enabled": False}
+    sigma = {f"sigma_{axis}": [0.3, 0.8] for axis in "xyz"}
+    grey = [
+        {"_target_": "RandAdjustContrastd", "prob": 0.3, "gamma": [0.7, 1.5]},
+        {"_target_": "RandScaleIntensityFixedMeand", "prob": 0.5, "factors": 0.25},
+        {"_target_": "RandShiftIntensityd", "prob": 0.5, "offsets": 0.1},
+        {"_target_": "RandGaussianSmoothd", "prob": 0.2, **sigma},
+        {"_target_": "RandGaussianNoised", "prob": 0.5, "std": 0.08},
+    ]
+    return {
+        "train::geometry": [*flips, turns],
+        "train::appearance": [{**transform, "keys": "image"} for transform in grey],
+        "early_stopping::enabled": False,
+    }
 
 
 def _predict(checkpoints: Sequence[Path], image: NDArray[np.uint8]) -> Probability:
