@@ -83,9 +83,7 @@ def main() -> None:
         settled = float(read_checkpoint(checkpoint)["threshold"])
         own[recipe] = {d: _means(tested[d], repair, settled) for d in DIFFICULTIES}
         _print(f"{recipe}, {repair} at its own {settled}", own[recipe])
-        chains = ["threshold", "default repair"]
-        chains += ["original's repair"] if recipe == "original" else []
-        for chain in chains:
+        for chain in dict.fromkeys(("threshold", "default repair", repair)):
             chosen = max(THRESHOLDS, key=lambda t: _means(validated, chain, t)["score"])
             table[recipe, chain] = {d: _means(tested[d], chain, chosen) for d in DIFFICULTIES}
             _print(f"{recipe}, {chain} at {chosen}", table[recipe, chain])
