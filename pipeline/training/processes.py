@@ -294,8 +294,8 @@ class Validation(ValidationHandler):
     """Run the validator in process 0 and tell its metrics to the others.
 
     They then agree on the best epoch and on when to stop. Its metrics must not gather by
-    themselves: the other processes do not take part. With `epoch_level` a run that is shorter than
-    the interval is validated at its end: it has a best epoch too.
+    themselves: the other processes do not take part. With `epoch_level` the last epoch is validated
+    wherever the interval falls: after a falling learning rate it is often the best one.
     """
 
     def attach(self, engine: Engine) -> None:
@@ -313,7 +313,7 @@ class Validation(ValidationHandler):
             )
 
         def due(engine: Engine, epoch: int) -> bool:
-            return epoch % min(self.interval, engine.state.max_epochs or epoch) == 0
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
         if self.exec_at_start:
