@@ -1,7 +1,8 @@
 """The steps of post-processing by name, and the chains of them that have a name.
 
-- `default`: hysteresis threshold, frame, small components, diagonals, tunnels, gaps, cavities. The
-  frame goes first, so that every repair sees the volume as the competition's metric does.
+- `default`: hysteresis threshold, frame, small components, diagonals, tunnels, gaps, cavities, and
+  after smoothing the thickness. The frame goes first, so that every repair sees the volume as the
+  competition's metric does.
 - `original`: threshold, small components, cavities up to a size, opening and closing by a ball, and
   instances on request, as the project that came before did it. Opening by a ball of 2 removes every
   sheet thinner than four voxels.
@@ -27,12 +28,14 @@ from pipeline.vesuvius.height_map import interpolate_gaps
 from pipeline.vesuvius.plug import plug_diagonals
 from pipeline.vesuvius.separation import keep_apart, separate_sheets
 from pipeline.vesuvius.sheet_closing import close_sheets
+from pipeline.vesuvius.thickness import restore_thickness
 from pipeline.vesuvius.tunnels import fill_tunnels
 
 __all__ = [
     "BEFORE",
     "RECIPES",
     "STEPS",
+    "VOLUMES",
     "complete_steps",
     "default_steps",
     "original_steps",
@@ -80,12 +83,17 @@ STEPS: dict[str, Callable[..., Mask]] = {
     "fill_tunnels": fill_tunnels,
     "interpolate_gaps": interpolate_gaps,
     "fill_cavities": fill_cavities,
+    "restore_thickness": restore_thickness,
 }
 """What a chain can be made of. Merging two components is in the nature of `closing`, and of
 `fill_cavities` where something floats in a cavity; no other step does."""
 
 BEFORE = {"smooth": smooth}
 """What may stand before the first step: from a probability to a probability."""
+
+VOLUMES = ("mask", "probability", "unsmoothed")
+"""What a step gets by the names of its arguments; all others are settings. `unsmoothed` is the
+probability as it was before `BEFORE`."""
 
 _FIRST = ("threshold", "hysteresis")
 
@@ -114,7 +122,8 @@ def default_steps(
         frame: voxels cleared at every face: training labels have no sheet there.
         hole_evidence: share of the threshold that the probability has to reach in what fills a
             hole; where it is lower, the sheet is taken to be torn. 0 fills whatever can be filled.
-        smoothing: of the probability before all else, sigma in voxels; 0 leaves it as it is.
+        smoothing: of the probability before all else, sigma in voxels, its thickening undone at
+            the end; 0 leaves it as it is.
     """
     high = (1 + threshold) / 2 if high_threshold is None else high_threshold
     least = hole_evidence * threshold
@@ -129,13 +138,15 @@ def default_steps(
         steps += [{"name": "separate_sheets"}, small]
     if kernel_size:
         steps.append({"name": "close_sheets", "radius": kernel_size})
-    return [
-        *steps,
+    steps += [
         {"name": "plug_diagonals"},
         {"name": "fill_tunnels", "min_probability": least},
         {"name": "interpolate_gaps", "min_probability": least},
         {"name": "fill_cavities", "max_hole_size": max_hole_size},
     ]
+    if smoothing:
+        steps.append({"name": "restore_thickness", "threshold": threshold})
+    return steps
 
 
 def _smoothing(sigma: float) -> list[dict[str, Any]]:
@@ -150,7 +161,7 @@ def original_steps(
     separate_instances: bool = False,
     smoothing: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return the chain of the original project; arguments as in `default_steps`."""
+    """Return the chain of the original project; arguments as there, and smoothing thickens."""
     steps: list[dict[str, Any]] = [
         *_smoothing(smoothing),
         {"name": "threshold", "threshold": threshold},
@@ -212,7 +223,7 @@ def complete_steps(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if isinstance(parameter.default, tuple)
             else parameter.default
             for key, parameter in inspect.signature(known[name]).parameters.items()
-            if key not in ("mask", "probability")
+            if key not in VOLUMES
         }
         unknown = sorted(set(step) - set(settings) - {"name"})
         if unknown:

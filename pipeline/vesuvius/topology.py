@@ -23,7 +23,7 @@ from pipeline.vesuvius.betti_numbers import (
     euler_characteristic,
     label_components,
 )
-from pipeline.vesuvius.recipes import BEFORE, STEPS, complete_steps, recipe_steps
+from pipeline.vesuvius.recipes import BEFORE, STEPS, VOLUMES, complete_steps, recipe_steps
 
 __all__ = ["PostProcess", "Repaired", "postprocess"]
 
@@ -99,7 +99,7 @@ class PostProcess:
         Raises:
             InputError: the volume is empty, not `(D, H, W)`, of another type or out of range.
         """
-        values = _as_probability(probability)
+        unsmoothed = values = _as_probability(probability)
         mask = np.zeros(values.shape, np.bool_)
         record: list[dict[str, Any]] = []
         betti = _NOTHING
@@ -108,7 +108,7 @@ class PostProcess:
                 entry, values = _prepared(step, values)
                 record.append(entry)
                 continue
-            entry, mask = _run(step, mask, values)
+            entry, mask = _run(step, mask, values, unsmoothed)
             if self.betti == "each":
                 entry["betti_before"] = betti
             if self._counted(index):
@@ -132,10 +132,12 @@ def _prepared(step: Step, probability: Probability) -> tuple[dict[str, Any], Pro
     return entry | {"voxels_removed": 0, "seconds": round(time.perf_counter() - start, 4)}, result
 
 
-def _run(step: Step, mask: Mask, probability: Probability) -> tuple[dict[str, Any], Mask]:
+def _run(
+    step: Step, mask: Mask, probability: Probability, unsmoothed: Probability
+) -> tuple[dict[str, Any], Mask]:
     name = str(step["name"])
     settings = {key: value for key, value in step.items() if key != "name"}
-    volumes = {"mask": mask, "probability": probability}
+    volumes = dict(zip(VOLUMES, (mask, probability, unsmoothed), strict=True))
     wanted = inspect.signature(STEPS[name]).parameters
     start = time.perf_counter()
     result = STEPS[name](**{key: volumes[key] for key in volumes if key in wanted}, **settings)
