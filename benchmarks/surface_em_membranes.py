@@ -141,6 +141,7 @@ def read_planes(folder: Path, planes: slice) -> Planes:
 def learned_label(cells: NDArray[np.int32], judged: slice) -> NDArray[np.uint8]:
     """Return 1 on membranes, else 0, and 2 (not labelled) beside them and in planes `judged`."""
     line = cells == 0
+    line[judged] = False
     label: NDArray[np.uint8] = line.astype(np.uint8)
     label[dilate(line, 1) & ~line] = 2
     label[judged] = 2

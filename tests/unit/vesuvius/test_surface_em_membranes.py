@@ -99,6 +99,18 @@ def test_labels_of_judged_planes_are_not_learned(
     np.testing.assert_array_equal(tifffile.imread(split.val[0].label), truth)
 
 
+def test_judged_planes_do_not_show_in_the_labels_beside_them(
+    benchmark: ModuleType, cells: np.ndarray
+) -> None:
+    judged = slice(10, 20)
+    elsewhere = cells.copy()
+    elsewhere[judged] = np.roll(cells[judged], 3, axis=1)
+    assert (elsewhere[judged] != cells[judged]).any()
+    np.testing.assert_array_equal(
+        benchmark.learned_label(elsewhere, judged), benchmark.learned_label(cells, judged)
+    )
+
+
 def test_a_vesicle_apart_from_the_membranes_is_left_out(benchmark: ModuleType) -> None:
     probability = np.zeros((8, 16, 16), np.float32)
     probability[:, 3] = 0.9
