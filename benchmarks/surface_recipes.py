@@ -1,7 +1,8 @@
 """The default recipe against the original project's, on drawn scrolls neither was trained on.
 
     python benchmarks/surface_recipes.py --output_dir runs/surface_recipes \
-        [--epochs 8] [--original_epochs 8] [--volumes 18] [--precision bfloat16]
+        [--epochs 8] [--original_epochs 8] [--volumes 18] [--shipped_epochs 30] \
+        [--precision bfloat16]
 
 Both train the same small network on the same phantoms of mixed difficulty, on one thread and in
 bfloat16, as the original does (`--precision float32` with fewer epochs where a CPU has no units for
@@ -11,8 +12,11 @@ repair and, for the original's network, by the default repair as well. The thres
 training settled on its validation volumes, or that with the best mean score on twelve more phantoms
 of mixed difficulty.
 
-VOI rises when less is found, an empty mask has 1: the last table shows the default, repaired and
-beside its threshold alone, at every threshold. Nothing is chosen there.
+The weights of the bundle are scored beside them: the default recipe again, for an hour on twice as
+many phantoms. `--shipped_epochs 30` trains such weights anew, and scores those.
+
+VOI rises when less is found, an empty mask has 1: the last tables show these two, repaired and
+beside their threshold alone, at every threshold. Nothing is chosen there.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.bundles import find_bundle_root
 from pipeline.data.cases import Cases
 from pipeline.inference.evaluation_tables import column_means
 from pipeline.inference.sliding_window import SlidingWindow
@@ -60,56 +66,71 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     root = Path(options.output_dir)
-    counts = {"train": options.volumes, "val": options.volumes // 3}
-    data = write_phantom_dataset(root / "data", counts, seed=0)
     choice = write_phantom_dataset(root / "choice", {"test": 12}, seed=500)
     tests = {
         name: write_phantom_dataset(root / name, {"test": 5}, difficulty=name, seed=1000 + index)
         for index, name in enumerate(DIFFICULTIES)
     }
-    trained = {
-        "default": _train(root, data, [], options.epochs, options.precision),
-        "original": _train(
-            root, data, ["original", *ORIGINAL_ON_CPU], options.original_epochs, options.precision
-        ),
-    }
-    table, own, default = {}, {}, {}
-    for recipe, checkpoint in trained.items():
+    checkpoints = _checkpoints(root, options)
+    chosen, own, tested = {}, {}, {}
+    for name, checkpoint in checkpoints.items():
         validated = _predicted(checkpoint, _cases(choice, root).test)
-        tested = {d: _predicted(checkpoint, _cases(tests[d], root).test) for d in DIFFICULTIES}
-        if recipe == "default":
-            default = tested
-        repair = "default repair" if recipe == "default" else "original's repair"
+        tested[name] = {d: _predicted(checkpoint, _cases(tests[d], root).test) for d in tests}
+        repair = "original's repair" if name == "original" else "default repair"
         settled = float(read_checkpoint(checkpoint)["threshold"])
-        own[recipe] = {d: _means(tested[d], repair, settled) for d in DIFFICULTIES}
-        _print(f"{recipe}, {repair} at its own {settled}", own[recipe])
+        own[name] = _table(f"{name}, {repair} at its own", tested[name], repair, settled)
         for chain in dict.fromkeys(("threshold", "default repair", repair)):
-            chosen = max(THRESHOLDS, key=lambda t: _means(validated, chain, t)["score"])
-            table[recipe, chain] = {d: _means(tested[d], chain, chosen) for d in DIFFICULTIES}
-            _print(f"{recipe}, {chain} at {chosen}", table[recipe, chain])
-    _print("default - original, own thresholds", _difference(own["default"], own["original"]))
-    ours = table["default", "default repair"]
-    _print("default - original, each its repair",
-           _difference(ours, table["original", "original's repair"]))  # fmt: skip
-    _print("default - original, both default repair",
-           _difference(ours, table["original", "default repair"]))  # fmt: skip
-    _print("default - original, both threshold",
-           _difference(table["default", "threshold"], table["original", "threshold"]))  # fmt: skip
-    for threshold in THRESHOLDS:
-        repaired = {d: _means(default[d], "default repair", threshold) for d in DIFFICULTIES}
-        alone = {d: _means(default[d], "threshold", threshold) for d in DIFFICULTIES}
-        _print(f"default, default repair at {threshold}", repaired)
+            best = max(THRESHOLDS, key=lambda t: _means(validated, chain, t)["score"])
+            chosen[name, chain] = _table(f"{name}, {chain} at", tested[name], chain, best)
+    for name in ("default", "shipped"):
+        _print(f"{name} - original, own thresholds", _difference(own[name], own["original"]))
+        ours = chosen[name, "default repair"]
+        _print(f"{name} - original, each its repair",
+               _difference(ours, chosen["original", "original's repair"]))  # fmt: skip
+        _print(f"{name} - original, both default repair",
+               _difference(ours, chosen["original", "default repair"]))  # fmt: skip
+        _print(f"{name} - original, both threshold",
+               _difference(chosen[name, "threshold"], chosen["original", "threshold"]))  # fmt: skip
+    for name, threshold in product(("default", "shipped"), THRESHOLDS):
+        repaired = _table(f"{name}, default repair at", tested[name], "default repair", threshold)
+        alone = {d: _means(pairs, "threshold", threshold) for d, pairs in tested[name].items()}
         _print("  what repair adds to the threshold", _difference(repaired, alone))
 
 
-def _train(root: Path, data: Path, arguments: list[str], epochs: int, precision: str) -> Path:
+def _checkpoints(root: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Train what is not there yet, and return the checkpoints by name."""
+    data = _phantoms(root / "data", options.volumes)
+    original = ["original", *ORIGINAL_ON_CPU]
+    epochs, precision = options.epochs, options.precision
+    default = _train(root / "default", data, [], epochs, precision)
+    theirs = _train(root / "original", data, original, options.original_epochs, precision)
+    shipped = Path(find_bundle_root("vesuvius_surface")) / "models" / "model.pt"
+    if options.shipped_epochs:
+        more = _phantoms(root / "more_data", 2 * options.volumes)
+        shipped = _train(root / "shipped", more, [], options.shipped_epochs, precision)
+    return {"default": default, "original": theirs, "shipped": shipped}
+
+
+def _phantoms(folder: Path, volumes: int) -> Path:
+    return write_phantom_dataset(folder, {"train": volumes, "val": volumes // 3}, seed=0)
+
+
+def _table(
+    name: str, tested: dict[str, list[Pair]], chain: str, threshold: float
+) -> dict[str, dict[str, float]]:
+    """Print and return the mean parts of the score by difficulty."""
+    rows = {difficulty: _means(pairs, chain, threshold) for difficulty, pairs in tested.items()}
+    _print(f"{name} {threshold}", rows)
+    return rows
+
+
+def _train(folder: Path, data: Path, arguments: list[str], epochs: int, precision: str) -> Path:
     """Train in a process of its own, print its CPU time and return its best checkpoint."""
-    folder = root / (arguments[0] if arguments else "default")
     command = [sys.executable, "-m", "pipeline", "train", "vesuvius_surface", *arguments]
     command += ["--dataset_dir", str(data), "--output_dir", str(folder), "--threads", "1"]
     command += ["--max_epochs", str(epochs), "--fold_seed", "0", "--precision", precision]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with (root / f"{folder.name}.log").open("w", encoding="utf-8") as log:
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -170,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--volumes", type=int, default=18, help="training phantoms")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--original_epochs", type=int, default=8)
+    parser.add_argument("--shipped_epochs", type=int, default=0, help="0: the bundle's weights")
     parser.add_argument("--precision", default="bfloat16", help="of training, for both")
     return parser.parse_args()
 

@@ -106,7 +106,7 @@ def default_steps(
     kernel_size: float = 0,
     separate_instances: bool = False,
     frame: int = 3,
-    hole_evidence: float = 0.25,
+    hole_evidence: float = 0.4,
     smoothing: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return the chain of the default recipe.
