@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 from pipeline.data.atomic import write_json, write_yaml
 from pipeline.errors import Interrupted, LaminaError, Preempted
 from pipeline.hardware.environment import package_versions
+from pipeline.training.changed_settings import changed_settings
 from pipeline.training.interruption import explained
 from pipeline.training.processes import is_writer
 from pipeline.training.run_lock import RunLock
@@ -48,9 +49,10 @@ class RunFolder:
 
     List it first among `train::handlers`: until the run ends, a second one in this folder is
     refused. The log is flushed line by line, so that it is whole up to the moment a run was killed,
-    and appended to when a run is resumed. It has the package's messages from INFO on, whatever the
-    logging configuration shows on the screen. Of several processes the first alone writes. With
-    `--tracking mlflow` it keeps MLflow's record of the run too.
+    and appended to when a run is resumed, with the settings that are not as before. It has the
+    package's messages from INFO on, whatever the logging configuration shows on the screen. Of
+    several processes the first alone writes. With `--tracking mlflow` it keeps MLflow's record of
+    the run too.
 
     Args:
         output_dir: the run's folder, made where absent.
@@ -113,7 +115,10 @@ class RunFolder:
         package.addHandler(self._log)
         for fact in self.facts:
             logger.info(fact)
-        write_yaml(self.output_dir / "config.yaml", self.config)
+        config = self.output_dir / "config.yaml"
+        for change in changed_settings(config, self.config):
+            logger.info("config.yaml changes: %s", change)
+        write_yaml(config, self.config)
         environment = describe_environment(self.device) | self.plan
         write_json(self.output_dir / "environment.json", environment)
 

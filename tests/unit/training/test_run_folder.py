@@ -90,6 +90,16 @@ def test_resumed_run_appends(tmp_path: Path) -> None:
     assert [line.rsplit(" ", 1)[-1] for line in log_lines(tmp_path)] == ["first", "second"]
 
 
+def test_resumed_run_says_which_settings_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    monkeypatch.setitem(CONFIG, "max_epochs", 3)
+    run(tmp_path)
+    (line,) = log_lines(tmp_path)
+    assert line.endswith("config.yaml changes: max_epochs: 2 before, now 3")
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("as planned"), KeyboardInterrupt()])
 def test_error_ends_the_log_and_goes_on_up(tmp_path: Path, error: BaseException) -> None:
     def fail() -> None:
