@@ -1,6 +1,6 @@
 """Cell membranes in a real electron micrograph: the bundle beside the probability given with it.
 
-    python benchmarks/surface_em_membranes.py [--dataset_dir gala] [--max_epochs 24] [--first_half]
+    python benchmarks/surface_em_membranes.py [--dataset_dir gala] [--max_epochs 25] [--first_half]
 
 The volume is the example of `gala`, (50, 100, 200) voxels: neurons numbered, membranes 0, about one
 voxel thick. The first 25 planes are for training and every choice; the last 25 are read at the end.
@@ -63,6 +63,7 @@ HALF = 25
 FIRST, LAST = slice(0, HALF), slice(HALF, 2 * HALF)
 THIRDS = (slice(0, 9), slice(9, 17), slice(17, HALF))
 WINDOW = [24, 96, 200]
+NETWORK = {"network_def::widths": [16, 48, 96, 192]}  # 2.6 million parameters
 WANTED = {"surface_dice": 0.03, "voi_score": 0.03}
 
 Probability = NDArray[np.float32]
@@ -126,8 +127,9 @@ def _options() -> argparse.Namespace:
     gala = Path(data) / "vesuvius" / "gala" if data else None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_dir", type=Path, default=gala, required=gala is None)
-    parser.add_argument("--max_epochs", type=int, default=24)
+    parser.add_argument("--max_epochs", type=int, default=25)
     parser.add_argument("--first_half", action="store_true", help="stop before the last is read")
+    parser.add_argument("--precision", default="bfloat16", help="of training")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/em_membranes"))
     return parser.parse_args()
 
@@ -198,16 +200,18 @@ def _trained(half: Planes, number: int, options: argparse.Namespace) -> Path:
         seed=SEED + number,
         max_epochs=options.max_epochs,
         val_interval=options.max_epochs,
-        patches_per_volume=64,
-        patch_size=[16, 64, 64],
+        patches_per_volume=32,
+        patch_size=[24, 96, 96],
         foreground_share=None,  # membranes are everywhere
         roi_size=WINDOW,
         thresholds=[0.5],
         threads=1,
         device="cpu",
+        precision=options.precision,
         tensorboard=False,
         **_augmentation(),
-        **{"early_stopping::enabled": False},
+        **NETWORK,
+        **{"early_stopping::enabled": False, "averaging::decay": 0.99},
     )
     return checkpoint
 
@@ -237,7 +241,7 @@ def _augmentation() -> dict[str, Any]:
 def _predict(checkpoints: Sequence[Path], image: NDArray[np.uint8]) -> Probability:
     """Return the mean over networks and flips."""
     first, *others = map(str, checkpoints)
-    settings: dict[str, Any] = {"patch_size": WINDOW, "flip_axes": [0, 1, 2]}
+    settings: dict[str, Any] = {"patch_size": WINDOW, "flip_axes": [0, 1, 2], **NETWORK}
     bundle = load_bundle(BUNDLE, first, ensemble=others, **settings)
     probability: Probability = bundle(image)["pred"]
     return probability

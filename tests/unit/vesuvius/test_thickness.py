@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from pipeline.vesuvius.betti_numbers import betti_numbers
+from pipeline.vesuvius.recipes import smooth
 from pipeline.vesuvius.thickness import restore_thickness
 from pipeline.vesuvius.topology import postprocess
 
@@ -36,9 +38,8 @@ def sheet_with_a_pinhole() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 
 def test_a_sheet_is_as_thick_as_before_smoothing_and_its_pinhole_closed() -> None:
     probability = sheet_with_a_pinhole()
-    low = {"threshold": 0.2, "betti": False}
-    smoothed = gaussian_filter(probability, 1.0) >= 0.2
-    assert smoothed[10, :, 10].sum() == 4
+    low = {"threshold": 0.3, "betti": False}
+    assert (smooth(probability, 1.0) >= 0.3)[10, :, 10].sum() == 4
     mask, record = postprocess(probability, smoothing=1.0, **low)
     assert record[-1]["step"] == "restore_thickness"
     assert record[-1]["voxels_removed"] > 0
@@ -47,6 +48,26 @@ def test_a_sheet_is_as_thick_as_before_smoothing_and_its_pinhole_closed() -> Non
     hole = mask[inner] & ~sheet[inner]
     assert not (sheet[inner] & ~mask[inner].astype(np.bool_)).any()
     assert hole.sum() == hole[17, :, 17].sum() == 1  # one layer of what was closed
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("thickness", [1, 2, 3, 5])
+def test_smoothing_leaves_the_middle_of_a_flat_sheet_its_value(
+    sigma: float, thickness: int
+) -> None:
+    probability = np.zeros((40, 40, 40), np.float32)
+    probability[:, 20 : 20 + thickness] = 0.7
+    smoothed = smooth(probability, sigma, thickness)
+    assert smoothed[20].max(axis=0) == pytest.approx(np.full(40, 0.7), abs=1e-5)
+    assert smooth(np.ones((30, 30, 30), np.float32), sigma).max() == 1
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 0.95])
+def test_a_flat_sheet_is_found_whole_at_every_threshold(threshold: float) -> None:
+    probability = sheet_with_a_pinhole() * np.float32(0.99)
+    mask = postprocess(probability, smoothing=1.0, threshold=threshold, betti=False).mask
+    inner = np.s_[3:-3, 3:-3, 3:-3]
+    assert (mask[inner].astype(np.bool_) >= (probability[inner] > 0)).all()
 
 
 def test_what_was_not_smoothed_is_left_alone() -> None:

@@ -239,7 +239,7 @@ def test_smoothing_mends_a_porous_sheet_and_is_told_in_the_record() -> None:
     rough, mended = (postprocess(porous, frame=0, smoothing=sigma) for sigma in (0, 1.0))
     assert topology_score(rough.mask, TRUTH)["score"] < 1
     assert topology_score(mended.mask, TRUTH)["score"] == 1
-    assert mended.record[0]["settings"] == {"sigma": 1.0}
+    assert mended.record[0]["settings"] == {"sigma": 1.0, "sheet_thickness": 2}
     assert "betti_after" in mended.record[1]
     with pytest.raises(ConfigurationError, match="sigma"):
         postprocess(porous, smoothing=-1)
