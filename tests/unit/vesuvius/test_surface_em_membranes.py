@@ -59,53 +59,56 @@ def test_the_first_half_is_read_without_the_last(benchmark: ModuleType, folder: 
         np.testing.assert_array_equal(half.image, file["stack"][:25])
 
 
-def test_every_plane_of_the_first_half_is_judged_once(benchmark: ModuleType) -> None:
+def test_every_column_is_judged_once_and_no_plane_is_in_both_halves(
+    benchmark: ModuleType,
+) -> None:
+    columns = np.arange(200)
+    judged = np.concatenate([columns[third] for third in benchmark.THIRDS])
+    np.testing.assert_array_equal(judged, columns)
     planes = np.arange(50)
-    judged = np.concatenate([planes[third] for third in benchmark.THIRDS])
-    np.testing.assert_array_equal(judged, planes[benchmark.FIRST])
     assert not set(planes[benchmark.FIRST]) & set(planes[benchmark.LAST])
 
 
-def test_a_judged_plane_is_predicted_by_the_network_that_has_not_seen_its_label(
+def test_a_judged_column_is_predicted_by_the_network_that_has_not_seen_its_label(
     benchmark: ModuleType,
 ) -> None:
-    predictions = [np.full((25, 2, 2), number, np.float32) for number in range(3)]
+    predictions = [np.full((2, 2, 200), number, np.float32) for number in range(3)]
     together = benchmark.put_together(predictions)
-    assert together.shape == (25, 2, 2)
+    assert together.shape == (2, 2, 200)
     for number, third in enumerate(benchmark.THIRDS):
-        assert (together[third] == number).all()
+        assert (together[:, :, third] == number).all()
 
 
 def test_voxels_beside_a_membrane_are_not_labelled(benchmark: ModuleType) -> None:
     cells = np.ones((3, 3, 5), np.int32)
     cells[:, :, 2] = 0
-    label = benchmark.learned_label(cells, slice(2, 3))
+    label = benchmark.learned_label(cells, slice(0, 0))
     np.testing.assert_array_equal(label[1, 1], [0, 2, 1, 2, 0])
 
 
-def test_labels_of_judged_planes_are_not_learned(
+def test_labels_of_judged_columns_are_not_learned(
     benchmark: ModuleType, folder: Path, tmp_path: Path
 ) -> None:
     half = benchmark.read_planes(folder, benchmark.FIRST)
-    judged = benchmark.THIRDS[1]
+    judged = slice(8, 16)
     manifest = load_manifest(benchmark.write_third(tmp_path / "third", half, judged))
     split = split_samples(find_samples(manifest, tmp_path / "third"), manifest)
     assert [len(split.train), len(split.val), len(split.test)] == [1, 1, 0]
     label = tifffile.imread(split.train[0].label)
-    seen = (label != 2).any(axis=(1, 2))
-    np.testing.assert_array_equal(np.flatnonzero(~seen), np.arange(25)[judged])
+    seen = (label != 2).any(axis=(0, 1))
+    np.testing.assert_array_equal(np.flatnonzero(~seen), np.arange(24)[judged])
     np.testing.assert_array_equal(tifffile.imread(split.train[0].image), half.image)
-    truth = half.cells[judged] == 0
+    truth = half.cells[:, :, judged] == 0
     np.testing.assert_array_equal(tifffile.imread(split.val[0].label), truth)
 
 
-def test_judged_planes_do_not_show_in_the_labels_beside_them(
+def test_judged_columns_do_not_show_in_the_labels_beside_them(
     benchmark: ModuleType, cells: np.ndarray
 ) -> None:
-    judged = slice(10, 20)
+    judged = slice(8, 16)
     elsewhere = cells.copy()
-    elsewhere[judged] = np.roll(cells[judged], 3, axis=1)
-    assert (elsewhere[judged] != cells[judged]).any()
+    elsewhere[:, :, judged] = np.roll(cells[:, :, judged], 3, axis=2)
+    assert (elsewhere != cells).any()
     np.testing.assert_array_equal(
         benchmark.learned_label(elsewhere, judged), benchmark.learned_label(cells, judged)
     )
