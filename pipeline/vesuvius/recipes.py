@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from pipeline.errors import ConfigurationError
 from pipeline.vesuvius.binary_morphology import close, open_
@@ -28,7 +27,7 @@ from pipeline.vesuvius.height_map import interpolate_gaps
 from pipeline.vesuvius.plug import plug_diagonals
 from pipeline.vesuvius.separation import keep_apart, separate_sheets
 from pipeline.vesuvius.sheet_closing import close_sheets
-from pipeline.vesuvius.thickness import restore_thickness
+from pipeline.vesuvius.smoothing import restore_thickness, smooth
 from pipeline.vesuvius.tunnels import fill_tunnels
 
 __all__ = [
@@ -50,38 +49,6 @@ def threshold(probability: NDArray[np.float32], threshold: float = 0.5) -> Mask:
     if not 0 <= threshold <= 1:
         raise ConfigurationError(f"threshold must be a probability, 0 to 1, got {threshold!r}")
     return probability >= threshold
-
-
-def smooth(
-    probability: NDArray[np.float32], sigma: float = 1.0, sheet_thickness: int = 2
-) -> NDArray[np.float32]:
-    """Return `probability` after a Gaussian: sheets lose pinholes and stubble, and become thicker.
-
-    A Gaussian lowers the peak of a thin sheet, and the more so the thinner the sheet is. So that a
-    threshold means what it meant, the result is scaled such that the voxels of a flat sheet of
-    `sheet_thickness` voxels keep their value; what would then be above 1 is 1.
-
-    Args:
-        probability: `(D, H, W)`, 0 to 1.
-        sigma: of the Gaussian, in voxels; 0 leaves the probability as it is.
-        sheet_thickness: in voxels.
-
-    Raises:
-        ConfigurationError: `sigma` is negative or `sheet_thickness` not positive.
-    """
-    if not sigma >= 0:
-        raise ConfigurationError(f"sigma must be 0 or more voxels, got {sigma!r}")
-    if not sheet_thickness >= 1:
-        raise ConfigurationError(
-            f"sheet_thickness must be 1 or more voxels, got {sheet_thickness!r}"
-        )
-    if not sigma:
-        return probability
-    around = int(np.ceil(4 * sigma)) + 1  # further than the filter reaches
-    sheet = np.pad(np.ones(int(sheet_thickness), np.float32), around)
-    peak = np.float32(gaussian_filter(sheet, sigma).max())
-    smoothed: NDArray[np.float32] = np.minimum(gaussian_filter(probability, sigma) / peak, 1)
-    return smoothed
 
 
 def opening(mask: Mask, kernel_size: float = 2) -> Mask:
@@ -186,7 +153,10 @@ def original_steps(
     separate_instances: bool = False,
     smoothing: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return the chain of the original project; arguments as there, and smoothing thickens."""
+    """Return the chain of the original project; arguments as in `default_steps`.
+
+    What `smoothing` adds to the thickness of sheets stays.
+    """
     steps: list[dict[str, Any]] = [
         *_smoothing(smoothing),
         {"name": "threshold", "threshold": threshold},

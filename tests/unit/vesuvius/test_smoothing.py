@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from pipeline.errors import ConfigurationError
 from pipeline.vesuvius.betti_numbers import betti_numbers
-from pipeline.vesuvius.recipes import smooth
-from pipeline.vesuvius.thickness import restore_thickness
+from pipeline.vesuvius.smoothing import restore_thickness, smooth
 from pipeline.vesuvius.topology import postprocess
 
 
@@ -60,6 +60,15 @@ def test_smoothing_leaves_the_middle_of_a_flat_sheet_its_value(
     smoothed = smooth(probability, sigma, thickness)
     assert smoothed[20].max(axis=0) == pytest.approx(np.full(40, 0.7), abs=1e-5)
     assert smooth(np.ones((30, 30, 30), np.float32), sigma).max() == 1
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    volume = np.zeros((4, 4, 4), np.float32)
+    with pytest.raises(ConfigurationError, match="sigma must be 0 or more"):
+        smooth(volume, -1)
+    with pytest.raises(ConfigurationError, match="sheet_thickness must be 1 or more"):
+        smooth(volume, 1, 0)
+    np.testing.assert_array_equal(smooth(volume + 0.3, 0), volume + 0.3)
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 0.95])
