@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,11 +196,13 @@ def test_no_more_than_one_batch_is_read_ahead(
 
 
 def test_threads_prepare_the_next_batch_meanwhile_and_end_with_the_run(folder: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     prepared = threading.Event()
+    ours = []
 
     def notes(item: Mapping[Hashable, Any]) -> Any:
         if item["index"] == 1:
+            ours.append(threading.current_thread())
             prepared.set()
         return LoadBScand()(item)
 
@@ -210,10 +211,10 @@ def test_threads_prepare_the_next_batch_meanwhile_and_end_with_the_run(folder: P
         loader = loader_of(batch, batch_size=1, num_workers=1, transform=notes)
         assert next(loader)["index"].tolist() == [0]
         assert prepared.wait(10)
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+        assert not before & set(ours)
+    (thread,) = ours
+    thread.join(10)
+    assert not thread.is_alive()
     assert list(loader) == []
 
 
