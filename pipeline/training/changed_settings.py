@@ -30,7 +30,7 @@ def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
         return []
     if not isinstance(before, Mapping):
         return []
-    return _changes(before, yaml.safe_load(yaml.safe_dump(to_plain(config), sort_keys=False)), ())
+    return _changes(before, to_plain(config), ())
 
 
 def _changes(before: Any, after: Any, name: tuple[str, ...]) -> list[str]:
